@@ -192,15 +192,17 @@ def build(
     return model
 
 
-def check_images(model: nn.Module, images: Tensor) -> None:
+def check_images(model: nn.Module, images: Tensor, num_classes: int | None = None) -> None:
     """Refuse, in one line, images that a network cannot take.
 
     Args:
         model: Any network.
         images: A batch; one image of it is tried. Shape ``(B, C, H, W)``.
+        num_classes: Classes of the data; None lets any number pass.
 
     Raises:
-        ValueError: If the network fails on them, or gives anything but logits of shape ``(1, K)``.
+        ValueError: If the network fails on them, or gives anything but logits of shape ``(1, K)``
+            with K at least the number of classes.
 
     Example:
         >>> check_images(resnet9(), torch.zeros(1, 3, 8, 8))
@@ -219,6 +221,8 @@ def check_images(model: nn.Module, images: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model {name} must give logits of shape (B, K), got {got} for one image")
+    if logits.shape[1] < (num_classes or 0):
+        raise ValueError(f"model {name} has {logits.shape[1]} outputs, the data have {num_classes} classes: give it more")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ class Run:
     def epochs(self) -> list[int]:
         """The epochs whose weights were kept, ascending."""
         return _saved_epochs(self._hashes)
+
+    @property
+    def tables(self) -> list[str]:
+        """The names of the observers whose tables were kept."""
+        return [name.removesuffix(".safetensors") for name in self._hashes if not name.startswith("epoch_")]
 
     def checkpoint(self, epoch: int) -> dict[str, Tensor]:
         """Read the weights and buffers after one epoch.
@@ -212,15 +217,13 @@ class Writer:
 
     Args:
         address: Name under which the run will be kept.
-        recipe: The recipe, as JSON values.
-        epochs: Epochs that the training will have.
+        recipe: The recipe, a dataclass of JSON values with a field ``epochs``.
     """
 
-    def __init__(self, address: str, recipe: Mapping[str, Any], epochs: int):
+    def __init__(self, address: str, recipe: Any):
         self._final = root() / address
         self._folder = root() / f"{address}.partial"
-        self._recipe = dict(recipe)
-        self._epochs = epochs
+        self._recipe = recipe
         self._files: dict[str, str] = {}
         self.rows: list[dict[str, Any]] = []
 
@@ -247,7 +250,7 @@ class Writer:
                 return _read_tensors(self._folder, f"resume_{reached:03d}.safetensors", self._files)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        _write(self._folder / "recipe.json", _json(self._recipe))
+        _write(self._folder / "recipe.json", _json(asdict(self._recipe)))
         return None
 
     def keep(
@@ -274,26 +277,31 @@ class Writer:
         for name in stale:
             del self._files[name]
         progress = {"files": self._files, "rows": self.rows, "tables": sorted(tables)}
-        _write(self._folder / "history.json", _json({"epochs": self._epochs, "rows": self.rows}))
+        _write(self._folder / "history.json", _json({"epochs": self._recipe.epochs, "rows": self.rows}))
         _write(self._folder / "progress.json", _json(progress))
         for name in stale:
             (self._folder / name).unlink(missing_ok=True)
 
-    def finish(self, tables: Mapping[str, dict[str, Tensor]], provenance: dict[str, Any]) -> None:
+    def finish(self, tables: Mapping[str, dict[str, Tensor]], provenance: dict[str, Any]) -> Run:
         """Write the observers' tables and let the run take its final name.
 
         Args:
             tables: Tensors by observer's name.
-            provenance: How the run was trained, as JSON values.
+            provenance: How the run was trained, as JSON values; the seconds are added.
+
+        Returns:
+            The run.
         """
         for name, tensors in tables.items():
             self._add(f"{name}.safetensors", tensors)
         kept = {name: digest for name, digest in self._files.items() if not name.startswith("resume_")}
+        provenance = provenance | {"seconds": sum(row["seconds"] for row in self.rows)}
         _write(self._folder / "done", _json({"files": kept, "provenance": provenance}))
         _remove(self._final)
         self._folder.rename(self._final)
         for path in [*self._final.glob("resume_*"), self._final / "progress.json"]:
             path.unlink(missing_ok=True)
+        return Run(self._final, self._recipe, provenance, kept)
 
     def _add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         # Copies, because safetensors refuses tensors that share memory, as tied weights do.
