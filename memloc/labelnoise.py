@@ -49,9 +49,7 @@ class NoisyLabels:
     noise_mask: Tensor
 
 
-def flip_labels(
-    labels: Tensor, noise_rate: float, num_classes: int, seed: int, *, parity: bool = False
-) -> NoisyLabels:
+def flip_labels(labels: Tensor, noise_rate: float, num_classes: int, seed: int, *, parity: bool = False) -> NoisyLabels:
     """Replace a share of the labels by a wrong class, drawn uniformly.
 
     Exactly ``floor(noise_rate * N)`` labels are replaced, at places drawn without replacement. The product
@@ -86,9 +84,7 @@ def flip_labels(
     fewest = 3 if parity else 2
     if noise_rate > 0 and num_classes < fewest:
         kind = "the reference code's flips" if parity else "flips"
-        raise ValueError(
-            f"num_classes must be at least {fewest} for {kind}, got {num_classes}: no wrong class is left"
-        )
+        raise ValueError(f"num_classes must be at least {fewest} for {kind}, got {num_classes}: no wrong class is left")
     count = math.floor(noise_rate * len(labels))
     if count == 0:
         return NoisyLabels(labels.clone(), labels, torch.zeros_like(labels, dtype=torch.bool))
@@ -182,9 +178,7 @@ def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | 
     return NoisyLabels(labels, true_labels, labels != true_labels)
 
 
-def apply(
-    data: Data, kind: str, noise_rate: float, seed: int, root: str | os.PathLike[str] | None = None
-) -> Data:
+def apply(data: Data, kind: str, noise_rate: float, seed: int, root: str | os.PathLike[str] | None = None) -> Data:
     """Put noise on the training labels of a data set, starting from the true ones.
 
     Args:
@@ -215,9 +209,7 @@ def apply(
     elif kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     elif data.name != "cifar10":
-        raise ValueError(
-            f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip, parity or permute"
-        )
+        raise ValueError(f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip, parity or permute")
     else:
         noisy = human_labels(kind, true_labels, root)
     return data.with_labels(noisy.labels, noisy.noise_mask)

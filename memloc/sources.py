@@ -93,16 +93,14 @@ SOURCES: dict[str, Source] = {
         246_316_178,
         "http://ufldl.stanford.edu/housenumbers/",
         "for non-commercial use only",
-        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, "
-        "NIPS workshop, 2011",
+        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, NIPS workshop, 2011",
     ),
     "cifar-10n": Source(
         "CIFAR-10N, human labels for CIFAR-10",
         2_401_007,
         "https://github.com/UCSC-REAL/cifar-10-100n",
         "CC BY-NC 4.0 (non-commercial)",
-        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human "
-        "Annotations, ICLR 2022",
+        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations, ICLR 2022",
     ),
 }
 """Size, homepage, licence and citation of every data set, the human labels of CIFAR-10N included."""
@@ -134,9 +132,7 @@ def root() -> Path:
         ``$MEMLOC_DATA`` if it is set, else ``data`` in memloc's folder of the platform's cache.
     """
     folder = os.environ.get("MEMLOC_DATA")
-    return (
-        Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("memloc", False)) / "data"
-    )
+    return Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("memloc", False)) / "data"
 
 
 def is_complete(name: str, root: str | os.PathLike[str] | None = None) -> bool:
@@ -209,8 +205,7 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     ) as error:
         reason = " ".join(str(error).split())
         raise OSError(
-            f"{name} could not be downloaded ({reason}): "
-            f"try again with a network, or copy its files to {folder}"
+            f"{name} could not be downloaded ({reason}): try again with a network, or copy its files to {folder}"
         ) from error
     return folder
 
@@ -260,14 +255,12 @@ def _verified(name: str, path: Path, md5: str) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is missing: run `memloc data get {name}`, "
-            f"or set MEMLOC_DATA to the folder that holds {name}"
+            f"{path} is missing: run `memloc data get {name}`, or set MEMLOC_DATA to the folder that holds {name}"
         ) from None
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise ValueError(
-            f"{path} is truncated or altered (MD5 {found}, expected {md5}): "
-            f"run `memloc data get {name}` to replace it"
+            f"{path} is truncated or altered (MD5 {found}, expected {md5}): run `memloc data get {name}` to replace it"
         )
     return content
 
