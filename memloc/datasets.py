@@ -269,9 +269,7 @@ def _as_images(argument: str, images: Tensor | np.ndarray, device: torch.device 
         expected = "uint8 or float of shape (N, C, H, W) or (N, H, W)"
         raise ValueError(f"{argument} must be {expected}, got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.shape[3] in (1, 3) and tensor.shape[1] == tensor.shape[2] > 3:
-        raise ValueError(
-            f"{argument} must have channels first, got {tuple(tensor.shape)}: transpose to (0, 3, 1, 2)"
-        )
+        raise ValueError(f"{argument} must have channels first, got {tuple(tensor.shape)}: transpose to (0, 3, 1, 2)")
     scaled = tensor.to(device).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return scaled.div_(255).sub_(0.5).div_(0.5) if tensor.dtype == torch.uint8 else scaled
 
@@ -284,11 +282,7 @@ def _as_labels(argument: str, labels: Tensor | np.ndarray, device: torch.device 
 
 
 def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
-    return (
-        array.detach()
-        if isinstance(array, Tensor)
-        else torch.from_numpy(np.require(array, requirements=("C", "W")))
-    )
+    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def _check_labels(argument: str, labels: Tensor, examples: int, num_classes: int) -> None:
@@ -298,6 +292,4 @@ def _check_labels(argument: str, labels: Tensor, examples: int, num_classes: int
         )
     if examples and not (labels.amin() >= 0 and labels.amax() < num_classes):
         found = f"{labels.amin().item()} to {labels.amax().item()}"
-        raise ValueError(
-            f"{argument} must be from 0 to {num_classes - 1} ({num_classes} classes), got {found}"
-        )
+        raise ValueError(f"{argument} must be from 0 to {num_classes - 1} ({num_classes} classes), got {found}")

@@ -97,16 +97,14 @@ SOURCES: dict[str, Source] = {
         246_316_178,
         "http://ufldl.stanford.edu/housenumbers/",
         "for non-commercial use only",
-        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, "
-        "NIPS workshop, 2011",
+        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, NIPS workshop, 2011",
     ),
     "cifar-10n": Source(
         "CIFAR-10N, human labels for CIFAR-10",
         2_401_007,
         "https://github.com/UCSC-REAL/cifar-10-100n",
         "CC BY-NC 4.0 (non-commercial)",
-        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human "
-        "Annotations, ICLR 2022",
+        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations, ICLR 2022",
     ),
 }
 """Size, homepage, licence and citation of every data set, the human labels of CIFAR-10N included."""
@@ -172,8 +170,7 @@ def contents(name: str, root: str | os.PathLike[str] | None = None) -> Iterator[
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
-                f"{path} is missing: run `memloc data get {name}`, "
-                f"or set MEMLOC_DATA to the folder that holds {name}"
+                f"{path} is missing: run `memloc data get {name}`, or set MEMLOC_DATA to the folder that holds {name}"
             ) from None
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != md5:
@@ -247,8 +244,7 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     except _DOWNLOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise OSError(
-            f"{name} could not be downloaded ({reason}): "
-            f"try again with a network, or copy its files to {folder}"
+            f"{name} could not be downloaded ({reason}): try again with a network, or copy its files to {folder}"
         ) from error
     return folder
 

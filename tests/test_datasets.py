@@ -48,9 +48,7 @@ def test_resizing_takes_the_nearest_pixel(size):
         assert after.shape == (len(before), 1, size, size)
         for row in range(size):
             for column in range(size):
-                assert torch.equal(
-                    after[:, :, row, column], before[:, :, row * 8 // size, column * 8 // size]
-                )
+                assert torch.equal(after[:, :, row, column], before[:, :, row * 8 // size, column * 8 // size])
 
 
 def test_examples_takes_the_first_training_examples_and_all_test_examples():
@@ -265,9 +263,7 @@ def test_real_data_are_what_torchvision_reads_scaled_as_in_the_paper(real_data, 
     data = datasets.load(name, root=real_data)
     assert (len(data.train), len(data.test), data.num_classes) == REAL[name]
     transforms, channels = torchvision().transforms, data.train.images.shape[1]
-    scale = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.5,) * channels)]
-    )
+    scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.5,) * channels)])
     reader = getattr(torchvision().datasets, {"mnist": "MNIST"}.get(name, name.upper()))
     for split, train in ((data.train, True), (data.test, False)):
         theirs = reader(real_data, train=train, transform=scale)
@@ -293,7 +289,5 @@ def test_a_real_file_without_its_last_byte_is_refused(real_data, tmp_path, name,
     (tmp_path / file).unlink()
     shutil.copyfile(real_data / file, tmp_path / file)
     os.truncate(tmp_path / file, (real_data / file).stat().st_size - 1)
-    with pytest.raises(
-        ValueError, match=f"{Path(file).name} is truncated or altered.*memloc data get {name}"
-    ):
+    with pytest.raises(ValueError, match=f"{Path(file).name} is truncated or altered.*memloc data get {name}"):
         datasets.load(name, root=tmp_path)

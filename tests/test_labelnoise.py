@@ -94,9 +94,7 @@ def test_flipped_places_are_uniform():
 
 @pytest.mark.parametrize("parity", [False, True])
 def test_flips_depend_on_the_seed_alone(labels, parity):
-    one, again, other = (
-        labelnoise.flip_labels(labels, 0.1, 10, seed, parity=parity).labels for seed in (1, 1, 2)
-    )
+    one, again, other = (labelnoise.flip_labels(labels, 0.1, 10, seed, parity=parity).labels for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -190,9 +188,7 @@ def test_human_labels_are_those_of_the_first_examples(publish, human_arrays, exa
     for flipped, kind in enumerate(HUMAN, start=1):
         noisy = labelnoise.human_labels(kind, true_labels)
         assert torch.equal(noisy.noise_mask, torch.arange(examples) < flipped)
-        assert torch.equal(
-            noisy.labels, torch.where(noisy.noise_mask, true_labels + flipped, true_labels) % 10
-        )
+        assert torch.equal(noisy.labels, torch.where(noisy.noise_mask, true_labels + flipped, true_labels) % 10)
 
 
 @pytest.mark.parametrize(
@@ -200,16 +196,12 @@ def test_human_labels_are_those_of_the_first_examples(publish, human_arrays, exa
 )
 def test_human_labels_of_other_images_are_refused(publish, human_arrays, true_labels):
     publish(human_arrays)
-    with pytest.raises(
-        ValueError, match="true_labels must be those of the first training images of CIFAR-10"
-    ):
+    with pytest.raises(ValueError, match="true_labels must be those of the first training images of CIFAR-10"):
         labelnoise.human_labels("human-worse", true_labels)
 
 
 def test_missing_human_labels_are_named_with_the_command(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"CIFAR-10_human.pt is missing: run `memloc data get cifar-10n`"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10_human.pt is missing: run `memloc data get cifar-10n`"):
         labelnoise.human_labels("human-worse", torch.zeros(3, dtype=torch.int64), tmp_path)
 
 
@@ -248,9 +240,7 @@ def test_noise_goes_to_the_training_labels_and_nowhere_else(publish, human_array
     publish(human_arrays)
     noisy = labelnoise.apply(tiny_cifar10, kind, 0.3, seed=0)
     assert noisy.train.noise_mask.any()
-    assert torch.equal(
-        noisy.train.labels[~noisy.train.noise_mask], tiny_cifar10.train.labels[~noisy.train.noise_mask]
-    )
+    assert torch.equal(noisy.train.labels[~noisy.train.noise_mask], tiny_cifar10.train.labels[~noisy.train.noise_mask])
     assert not torch.equal(noisy.train.labels, tiny_cifar10.train.labels)
     assert torch.equal(noisy.train.true_labels, tiny_cifar10.train.true_labels)
     assert noisy.train.images is tiny_cifar10.train.images
@@ -292,9 +282,7 @@ def test_an_unknown_kind_is_refused(tiny_cifar10, kind):
 def test_the_published_human_labels_differ_from_cifar10_as_often_as_their_authors_say(real_data):
     data = datasets.load("cifar10", root=real_data)
     percent = {
-        kind: round(
-            100 * labelnoise.apply(data, kind, 0.0, 0, real_data).train.noise_mask.double().mean().item(), 2
-        )
+        kind: round(100 * labelnoise.apply(data, kind, 0.0, 0, real_data).train.noise_mask.double().mean().item(), 2)
         for kind in HUMAN
     }
     assert list(percent.values()) == [9.01, 17.23, 18.12, 17.64, 40.21]
