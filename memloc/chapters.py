@@ -127,9 +127,7 @@ def read_notebook(path: Path) -> "nbformat.NotebookNode":
     import jupytext
 
     notebook = jupytext.read(path, fmt="md:myst")
-    notebook.metadata.setdefault(
-        "kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"}
-    )
+    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
     for cell in notebook.cells:
         cell.metadata.setdefault("tags", [])
     return _numbered(notebook)
@@ -177,9 +175,9 @@ def execute(
     whole.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(whole.with_suffix(".lock")):
         if not whole.is_file():
-            about = {"chapter": chapter.name, "key": key, "parameters": full, "versions": versions()}
+            about = {"chapter": chapter.name, "key": key, "parameters": full, "threads": threads}
             with following(progress):
-                _run(chapter, whole, about, root, threads)
+                _run(chapter, whole, about | {"versions": versions()}, root)
         os.utime(whole)
     for old in whole.parent.iterdir():
         if time.time() - old.stat().st_mtime > _KEPT_UNUSED_S:
@@ -191,7 +189,7 @@ def _executed_folder(root: Path) -> Path:
     return root / "_build" / "executed"
 
 
-def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threads: int) -> None:
+def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> None:
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -199,9 +197,7 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
 
     partial = whole.with_suffix(".partial.ipynb")
     failed = whole.with_name(f"{chapter.name}.failed.ipynb")
-    changed = {
-        name: value for name, value in about["parameters"].items() if value != chapter.parameters[name]
-    }
+    changed = {name: value for name, value in about["parameters"].items() if value != chapter.parameters[name]}
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="memloc-") as sockets:
@@ -215,7 +211,7 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
                 start_timeout=180,
                 iopub_timeout=60,
                 shutdown_kernel="immediate",
-                kernel_manager_class=_kernel_manager(threads, sockets),
+                kernel_manager_class=_kernel_manager(about["threads"], sockets),
                 resources={"metadata": {"path": str(root)}},  # its cwd argument would move this whole process
             )
     except PapermillExecutionError as error:
@@ -239,9 +235,7 @@ def _kernel_manager(threads: int, sockets: str) -> type:
         def __init__(self, **options: Any) -> None:
             # Without folders to search: a kernelspec python3 in the reader's home may be another Python.
             own_python = KernelSpecManager(kernel_dirs=[])
-            super().__init__(
-                transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=own_python, **options
-            )
+            super().__init__(transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=own_python, **options)
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # declared a callable
             limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
@@ -267,7 +261,7 @@ def last_executed(root: Path, chapter: Chapter) -> dict[str, Any] | None:
         chapter: The chapter.
 
     Returns:
-        Chapter, key, parameters, versions and seconds, or ``None`` when it was not executed here.
+        Chapter, key, parameters, threads, versions and seconds, or ``None`` when it was not executed here.
     """
     pattern = f"{chapter.name}-{'[0-9a-f]' * 16}.ipynb"
     for path in sorted(_executed_folder(root).glob(pattern), key=lambda path: -path.stat().st_mtime):

@@ -31,12 +31,16 @@ _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 Scalar = bool | int | float | str | None
 
 
-class HasRecipe(Protocol):
-    """A training as :func:`record` sees it."""
+class Training(Protocol):
+    """A :class:`memloc.runs.Run` as :func:`record` sees it."""
 
     @property
     def recipe(self) -> Any:
         """The dataclass of all that decided the training."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was trained; ``device`` of it is read."""
 
 
 def glue(key: str, value: object) -> None:
@@ -60,9 +64,7 @@ def glue(key: str, value: object) -> None:
     """
     if not _KEY.fullmatch(key):
         raise ValueError(f"key must be lower-case letters, digits and dashes, got {key!r}")
-    is_figure = "matplotlib.figure" in sys.modules and isinstance(
-        value, sys.modules["matplotlib.figure"].Figure
-    )
+    is_figure = "matplotlib.figure" in sys.modules and isinstance(value, sys.modules["matplotlib.figure"].Figure)
     if _in_a_kernel():
         if is_figure:
             bundle, metadata = _drawn(value, key), {}
@@ -106,7 +108,7 @@ def _drawn(figure: Any, key: str) -> dict[str, str]:
 def record(
     metrics: Mapping[str, object],
     tables: Mapping[str, "pd.DataFrame"] | None = None,
-    runs: Sequence[HasRecipe] = (),
+    runs: Sequence[Training] = (),
 ) -> None:
     """Show a chapter's numbers on its page and hand them to whoever runs it.
 
@@ -133,12 +135,12 @@ def record(
     if plain.get("verdict", VERDICTS[0]) not in VERDICTS:
         raise ValueError(f"verdict must be one of {str(VERDICTS)[1:-1]}, got {plain['verdict']!r}")
     for key, value in plain.items():
-        glue(key, _text(value))
+        glue(key, text(value))
     payload = {
         "metrics": _finite(plain),
         "tables": {name: _table(table) for name, table in (tables or {}).items()},
         "recipes": _finite([dataclasses.asdict(run.recipe) for run in runs]),
-        "device": _device(),
+        "device": _device(runs),
     }
     if _in_a_kernel():
         _publish(_RECORD, {"application/json": json.dumps(payload, allow_nan=False)}, {})
@@ -152,7 +154,8 @@ def _scalar(key: str, value: Any) -> Scalar:
     raise TypeError(f"metric {key!r} must be a number, a word or None, got {type(value).__name__}")
 
 
-def _text(value: Scalar) -> str:
+def text(value: Scalar) -> str:
+    """Write a metric as the page shows it: three decimals, yes or no, a dash for nothing."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -163,8 +166,7 @@ def _text(value: Scalar) -> str:
 def _table(table: "pd.DataFrame") -> dict[str, Any]:
     flat = table.reset_index() if any(table.index.names) else table
     rows = [
-        {str(column): _scalar(str(column), value) for column, value in row.items()}
-        for row in flat.to_dict("records")
+        {str(column): _scalar(str(column), value) for column, value in row.items()} for row in flat.to_dict("records")
     ]
     return {"columns": [str(column) for column in flat.columns], "records": _finite(rows)}
 
@@ -177,23 +179,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _device() -> str:
+def _device(runs: Sequence[Training]) -> str:
+    """Name the device that the trainings ran on: the kind, and the GPU's model."""
+    if not any(str(run.provenance["device"]).startswith("cuda") for run in runs):
+        return "cpu"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    return "cpu"
+    return f"cuda ({torch.cuda.get_device_name()})" if torch and torch.cuda.is_available() else "cuda"
 
 
-def recorded(notebook: Mapping[str, Any]) -> dict[str, Any] | None:
+def recorded(executed: Path) -> dict[str, Any] | None:
     """Read what :func:`record` emitted from an executed notebook.
 
     Args:
-        notebook: The notebook as JSON.
+        executed: The notebook.
 
     Returns:
         ``metrics``, ``tables``, ``recipes`` and ``device``, or ``None`` when the chapter records nothing.
     """
-    for cell in notebook["cells"]:
+    for cell in json.loads(executed.read_text())["cells"]:
         for output in cell.get("outputs", []):
             if output.get("metadata", {}).get("scrapbook", {}).get("name") == _RECORD:
                 payload: dict[str, Any] = json.loads("".join(output["data"][_PREFIX + "application/json"]))
@@ -241,14 +244,9 @@ def read(folder: Path, module_sha256: str | None) -> list[Result]:
         try:
             content = json.loads(path.read_text())
             metrics, tables = content.pop("metrics"), content.pop("tables")
-            frames = {
-                name: pd.DataFrame(table["records"], columns=table["columns"])
-                for name, table in tables.items()
-            }
+            frames = {name: pd.DataFrame(table["records"], columns=table["columns"]) for name, table in tables.items()}
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a recorded result ({error!r}): record it again with memloc run"
-            ) from error
+            raise ValueError(f"{path} is not a recorded result ({error!r}): record it again with memloc run") from error
         stale = content.get("module_sha256") != module_sha256
         found.append(Result(path.stem, metrics, frames, content, stale))
     return found
@@ -316,8 +314,7 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
     Raises:
         ValueError: If the chapter records nothing, or the folder is not a git checkout.
     """
-    notebook = json.loads(executed.read_text())
-    about, content = notebook["metadata"]["memloc"], recorded(notebook)
+    about, content = json.loads(executed.read_text())["metadata"]["memloc"], recorded(executed)
     chapter, values = about["chapter"], about["parameters"]
     if content is None:
         raise ValueError(f"chapter {chapter!r} records nothing: it never calls memloc.chapters.record")
@@ -333,7 +330,8 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
         "examples": metrics.get("examples", values.get("examples")),
         "n_seeds": values.get("seeds", 1),
         "seconds": about["seconds"],
-        "device": content["device"],
+        "device": f"cpu ({_cpu()})" if content["device"] == "cpu" else content["device"],
+        "threads": about["threads"],
         "versions": about["versions"],
         "commit": commit(root),
         "module_sha256": module_sha256(root, chapter),
@@ -346,6 +344,12 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
     partial.write_text(json.dumps(_rounded(result), indent=1, ensure_ascii=False) + "\n")
     partial.replace(path)
     return path
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _rounded(value: Any) -> Any:
