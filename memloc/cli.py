@@ -5,6 +5,7 @@ it is needed, so that ``--help``, ``list`` and every refusal come at once.
 """
 
 import argparse
+import json
 import multiprocessing
 import shlex
 import shutil
@@ -182,7 +183,7 @@ def _check_recordable(options: argparse.Namespace, root: Path) -> None:
 
 
 def _print_metrics(executed: Path) -> None:
-    content = records.recorded(executed)
+    content = records.recorded(json.loads(executed.read_text()))
     if content and content["metrics"]:
         _print_table([(key, records.text(value)) for key, value in content["metrics"].items()])
 

@@ -187,16 +187,16 @@ def _device(runs: Sequence[Training]) -> str:
     return f"cuda ({torch.cuda.get_device_name()})" if torch and torch.cuda.is_available() else "cuda"
 
 
-def recorded(executed: Path) -> dict[str, Any] | None:
+def recorded(notebook: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read what :func:`record` emitted from an executed notebook.
 
     Args:
-        executed: The notebook.
+        notebook: The notebook as JSON.
 
     Returns:
         ``metrics``, ``tables``, ``recipes`` and ``device``, or ``None`` when the chapter records nothing.
     """
-    for cell in json.loads(executed.read_text())["cells"]:
+    for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             if output.get("metadata", {}).get("scrapbook", {}).get("name") == _RECORD:
                 payload: dict[str, Any] = json.loads("".join(output["data"][_PREFIX + "application/json"]))
@@ -314,7 +314,8 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
     Raises:
         ValueError: If the chapter records nothing, or the folder is not a git checkout.
     """
-    about, content = json.loads(executed.read_text())["metadata"]["memloc"], recorded(executed)
+    notebook = json.loads(executed.read_text())
+    about, content = notebook["metadata"]["memloc"], recorded(notebook)
     chapter, values = about["chapter"], about["parameters"]
     if content is None:
         raise ValueError(f"chapter {chapter!r} records nothing: it never calls memloc.chapters.record")
