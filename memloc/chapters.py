@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,12 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> No
     except DeadKernelError as error:
         partial.replace(failed)
         raise ChapterError(chapter.name, None, "the kernel died: out of memory?", failed) from error
-    notebook.metadata["memloc"] = about | {"seconds": round(time.perf_counter() - start, 1)}
+    device = (records.recorded(notebook) or {"device": "cpu"})["device"]
+    notebook.metadata["memloc"] = about | {
+        "seconds": round(time.perf_counter() - start, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": f"cpu ({records.cpu()})" if device == "cpu" else device,
+    }
     nbformat.write(_without_traces(notebook), partial)
     partial.replace(whole)
 
@@ -261,7 +267,7 @@ def last_executed(root: Path, chapter: Chapter) -> dict[str, Any] | None:
         chapter: The chapter.
 
     Returns:
-        Chapter, key, parameters, threads, versions and seconds, or ``None`` when it was not executed here.
+        Chapter, key, parameters, threads, versions, seconds, date and device; ``None`` when it was not executed.
     """
     pattern = f"{chapter.name}-{'[0-9a-f]' * 16}.ipynb"
     for path in sorted(_executed_folder(root).glob(pattern), key=lambda path: -path.stat().st_mtime):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -274,6 +273,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def cpu() -> str:
+    """Name this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
 def commit(root: Path) -> str:
     """Name the commit that a result comes from.
 
@@ -331,12 +337,12 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
         "examples": metrics.get("examples", values.get("examples")),
         "n_seeds": values.get("seeds", 1),
         "seconds": about["seconds"],
-        "device": f"cpu ({_cpu()})" if content["device"] == "cpu" else content["device"],
+        "device": about["device"],
         "threads": about["threads"],
         "versions": about["versions"],
         "commit": commit(root),
         "module_sha256": module_sha256(root, chapter),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": about["date"],
         "command": command,
     }
     path = root / "book" / "results" / chapter / f"{preset}.json"
@@ -345,12 +351,6 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
     partial.write_text(json.dumps(_rounded(result), indent=1, ensure_ascii=False) + "\n")
     partial.replace(path)
     return path
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _rounded(value: Any) -> Any:
