@@ -1,6 +1,7 @@
-"""What every test shares: the device, a run store of its own, and the data that lies outside the repository."""
+"""What every test shares: the device, a run store of its own, and data outside the repository."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,16 @@ def own_run_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def global_rng_untouched() -> object:
-    """Nothing in the package may draw from, or seed, torch's global generator."""
+def own_global_generator() -> Iterator[None]:
+    """Tests that build a torch module by hand get the same weights whatever ran before them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def global_generator_untouched() -> Iterator[None]:
+    """The test neither draws from torch's global generator nor seeds it."""
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"

@@ -1,0 +1,127 @@
+"""What a network predicts, and how often it is right on clean, noisy, restored and test examples."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memloc.datasets import Data, Split
+from memloc.models import evaluation_mode
+
+__all__ = ["PRECISIONS", "Accuracies", "Evaluation", "accuracies", "evaluate", "predict"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Shares of examples that are right, each a fraction from 0 to 1; NaN where there are no such examples.
+
+    Attributes:
+        clean: Clean training examples, against their labels.
+        noisy: Noisy training examples, against the labels they were given: memorization.
+        restored: Noisy training examples, against their true labels.
+        test: Test examples.
+    """
+
+    clean: float
+    noisy: float
+    restored: float
+    test: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network in evaluation mode on all the data.
+
+    Attributes:
+        loss: Mean cross-entropy on the training set, in nats.
+        accuracies: Shares of examples that are right.
+        predictions: Predicted class of each training example. Int64, shape ``(N,)``.
+    """
+
+    loss: float
+    accuracies: Accuracies
+    predictions: Tensor
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Run convolutions and matrix products in a lower precision inside the block; ``"fp32"`` changes nothing."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int = 1000,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Tensor:
+    """Compute the logits of a network in evaluation mode.
+
+    Args:
+        model: Any network on the device of the images; each module's mode is as before afterwards.
+        images: Float32, shape ``(N, C, H, W)``.
+        batch_size: Images at a time.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
+        channels_last: Whether to lay the images out as NHWC, which is faster for convolutions.
+
+    Returns:
+        Logits, float32, shape ``(N, K)``.
+
+    Example:
+        >>> predict(nn.Flatten(), torch.ones(3, 1, 1, 2)).shape
+        torch.Size([3, 2])
+    """
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    with torch.no_grad(), evaluation_mode(model), autocast(images.device, precision):
+        logits = [model(batch.contiguous(memory_format=memory_format)).float() for batch in images.split(batch_size)]
+    return torch.cat(logits)
+
+
+def accuracies(train_predictions: Tensor, train: Split, test_predictions: Tensor, test: Split) -> Accuracies:
+    """Compute the four accuracies from predicted classes.
+
+    Args:
+        train_predictions: Int64, shape ``(N,)``.
+        train: The training examples.
+        test_predictions: Int64, shape ``(M,)``.
+        test: The test examples.
+
+    Returns:
+        Four fractions.
+    """
+    noisy = train.noise_mask
+    fits, is_true = train_predictions == train.labels, train_predictions == train.true_labels
+    shares = [fits[~noisy], fits[noisy], is_true[noisy], test_predictions == test.labels]
+    return Accuracies(*torch.stack([share.double().mean() for share in shares]).tolist())
+
+
+def evaluate(
+    model: nn.Module, data: Data, *, batch_size: int = 1000, precision: str = "fp32", channels_last: bool = False
+) -> Evaluation:
+    """Evaluate a network on the training set, against given and true labels, and on the test set.
+
+    Args:
+        model: Any network on the device of the data.
+        data: Training and test examples.
+        batch_size: Images at a time.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
+        channels_last: Whether to lay the images out as NHWC.
+
+    Returns:
+        Loss, accuracies and predictions.
+    """
+    logits, test_logits = (
+        predict(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last)
+        for split in (data.train, data.test)
+    )
+    predictions = logits.argmax(1)
+    return Evaluation(
+        loss=F.cross_entropy(logits, data.train.labels).item(),
+        accuracies=accuracies(predictions, data.train, test_logits.argmax(1), data.test),
+        predictions=predictions,
+    )

@@ -1,0 +1,77 @@
+"""Follow trainings from outside the process that trains, by the histories they leave on disk."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_INTERVAL_S = 1.0
+
+
+def store() -> Path:
+    """Return the folder of all trainings: ``$MEMLOC_RUNS``, else one in the platform's cache folder."""
+    import platformdirs
+
+    named = os.environ.get("MEMLOC_RUNS")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("memloc")) / "runs"
+
+
+def epoch_line(address: str, history: dict[str, Any]) -> str:
+    """Say how far a training is.
+
+    Args:
+        address: The run's address.
+        history: Its ``history.json``: ``epochs``, and ``rows`` with ``epoch`` and ``seconds`` (of one epoch).
+
+    Returns:
+        One line; the time left is the median of the last five epochs times the epochs left.
+
+    Example:
+        >>> rows = [{"epoch": 1, "seconds": 9.0}, {"epoch": 2, "seconds": 10.0}]
+        >>> epoch_line("1a2b3c4d5e6f", {"epochs": 6, "rows": rows})
+        'training 1a2b3c4d: epoch 2/6, about 40 s left'
+    """
+    rows, epochs = history["rows"], history["epochs"]
+    seconds = sorted(row["seconds"] for row in rows[-5:])[len(rows[-5:]) // 2]
+    left_s = (epochs - rows[-1]["epoch"]) * seconds
+    amount = f"{left_s:.0f} s" if left_s < 120 else f"{left_s / 60:.0f} min"
+    return f"training {address[:8]}: epoch {rows[-1]['epoch']}/{epochs}, about {amount} left"
+
+
+@contextmanager
+def following(tell: Callable[[str], None] | None) -> Iterator[None]:
+    """Tell of every epoch that any training on this machine finishes while the block runs.
+
+    Args:
+        tell: Called from another thread with one line per news; ``None`` follows nothing.
+    """
+    if tell is None:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(tell, store(), over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(tell: Callable[[str], None], folder: Path, over: threading.Event) -> None:
+    seen = dict.fromkeys(folder.glob("*/history.json"), time.time_ns())
+    while not over.wait(_INTERVAL_S):
+        for path in folder.glob("*/history.json"):
+            try:
+                changed, text = path.stat().st_mtime_ns, path.read_text()
+            except FileNotFoundError:  # deleted since it was listed
+                continue
+            if changed > seen.get(path, 0):
+                seen[path] = changed
+                history = json.loads(text)
+                if history["rows"]:
+                    tell(epoch_line(path.parent.name, history))

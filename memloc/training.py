@@ -1,0 +1,571 @@
+"""Train a network: ``train`` is the loop over epochs, ``fit`` the same from a recipe, kept on disk and shared."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from memloc import datasets, labelnoise, models, runs
+from memloc.datasets import Data
+from memloc.evaluation import PRECISIONS, Evaluation, autocast, evaluate
+from memloc.randomness import generator, seeded
+
+__all__ = [
+    "VERSION",
+    "Batch",
+    "Checkpoints",
+    "Observer",
+    "Predictions",
+    "Recipe",
+    "Settings",
+    "cross_entropy",
+    "fit",
+    "learning_rate",
+    "load_model",
+    "pick_device",
+    "prepare",
+    "train",
+]
+
+VERSION = 1
+"""Part of every run's address: raised whenever the same recipe would give other weights."""
+
+SCHEDULES = ("cosine", "triangle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a network is trained: stochastic gradient descent with momentum.
+
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Examples a step; the last batch of an epoch may be smaller.
+        learning_rate: Its peak.
+        schedule: ``"cosine"`` (linear warm-up over the first tenth, then cosine to 0) or ``"triangle"`` (linear to
+            the peak over the first 10 epochs, or 40 % of a shorter training than 25, then linear to 0).
+        momentum: Of the optimiser.
+        weight_decay: Of the optimiser, on all parameters.
+        augment: Whether to crop and flip the training images.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
+        channels_last: Whether to lay images and weights out as NHWC.
+        compile: Whether to compile the network.
+        seed: Seed of the order of the examples, the augmentation and the network's own dropout.
+
+    Raises:
+        ValueError: If a value is out of range; the message names it.
+
+    Source:
+        Maini et al. (2023), reference code: batch 512, momentum 0.9, weight decay 5e-4, both schedules.
+    """
+
+    epochs: int = 50
+    batch_size: int = 512
+    learning_rate: float = 0.01
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: bool = False
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least("epochs", self.epochs, 0)
+        _check_at_least("batch_size", self.batch_size, 1)
+        _check_one_of("schedule", self.schedule, SCHEDULES)
+        _check_one_of("precision", self.precision, PRECISIONS)
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """All that decides a training: data, noise, network and settings. Its hash is the run's address.
+
+    Attributes:
+        dataset: One of :data:`memloc.datasets.NAMES`.
+        size: Height and width to which the images are resized; None leaves them.
+        examples: The first so many training examples; None takes all.
+        noise: One of :data:`memloc.labelnoise.KINDS`.
+        noise_rate: Share of the training labels that are replaced.
+        model: One of :data:`memloc.models.NAMES`.
+        width: Scale of the network; None takes the network's own default.
+
+    Example:
+        >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
+        '...'
+    """
+
+    dataset: str = "digits"
+    size: int | None = None
+    examples: int | None = None
+    noise: str = "flip"
+    noise_rate: float = 0.1
+    model: str = "small_cnn"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_one_of("dataset", self.dataset, datasets.NAMES)
+        _check_one_of("noise", self.noise, labelnoise.KINDS)
+        _check_one_of("model", self.model, models.NAMES)
+        for name in ("size", "examples", "width"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate must be a fraction from 0 to 1, got {self.noise_rate!r}")
+
+    @property
+    def address(self) -> str:
+        """The name under which :func:`fit` keeps the run."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return runs.address(chosen, VERSION)
+
+
+def _check_at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
+
+
+def _check_one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one step, on the training's device.
+
+    Attributes:
+        images: Float32, shape ``(B, C, H, W)``.
+        labels: What the network is trained on. Int64, shape ``(B,)``.
+        noise_mask: Whether the label was replaced. Bool, shape ``(B,)``.
+        indices: Positions in the training set. Int64, shape ``(B,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    noise_mask: Tensor
+    indices: Tensor
+
+
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Compute the cross-entropy of each example in nats, shape ``(B,)``: the default loss of :func:`train`."""
+    return F.cross_entropy(logits, batch.labels, reduction="none")
+
+
+class Observer:
+    """Watches a training without changing it: override what you need.
+
+    Attributes:
+        name: Under which :meth:`table` is kept in a run.
+    """
+
+    name: str
+
+    def before_backward(self, model: nn.Module, losses: Tensor, batch: Batch) -> None:
+        """See each example's loss, shape ``(B,)``, its graph still alive, before the gradients are computed."""
+
+    def after_backward(self, model: nn.Module, batch: Batch) -> None:
+        """See the gradients of the mean loss in ``parameter.grad``, before the step is taken."""
+
+    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
+        """See the network and its evaluation after an epoch; epoch 0 is before training."""
+
+    def table(self) -> dict[str, Tensor]:
+        """Return all that was seen so far; a run keeps it."""
+        raise NotImplementedError
+
+    def restore(self, table: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`table` returned earlier."""
+        raise NotImplementedError
+
+
+class Predictions(Observer):
+    """Remembers the predicted class of every training example after every epoch.
+
+    The table holds ``predictions``: int16, shape ``(T + 1, N)``, row 0 before training.
+    """
+
+    name = "predictions"
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
+        """Add a row."""
+        self._rows.append(evaluation.predictions.to("cpu", torch.int16))
+
+    def table(self) -> dict[str, Tensor]:
+        """Return the rows so far."""
+        return {"predictions": torch.stack(self._rows)}
+
+    def restore(self, table: Mapping[str, Tensor]) -> None:
+        """Take up earlier rows."""
+        self._rows = list(table["predictions"])
+
+
+class Checkpoints(Observer):
+    """Keeps weights and buffers in memory, for a training of your own that no run keeps.
+
+    Args:
+        epochs: Which epochs to keep, 0 for the initial weights; None keeps all.
+
+    Attributes:
+        states: State dicts by epoch, on the CPU.
+    """
+
+    name = "checkpoints"
+
+    def __init__(self, epochs: Iterable[int] | None = None):
+        self._wanted = None if epochs is None else set(epochs)
+        self.states: dict[int, dict[str, Tensor]] = {}
+
+    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
+        """Copy the state dict if it is wanted."""
+        if self._wanted is None or epoch in self._wanted:
+            self.states[epoch] = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+    def table(self) -> dict[str, Tensor]:
+        """Return every tensor under ``epoch.name``."""
+        return {f"{epoch}.{name}": value for epoch, state in self.states.items() for name, value in state.items()}
+
+    def restore(self, table: Mapping[str, Tensor]) -> None:
+        """Take up earlier states."""
+        for key, value in table.items():
+            epoch, _, name = key.partition(".")
+            self.states.setdefault(int(epoch), {})[name] = value
+
+
+def learning_rate(settings: Settings, done: float) -> float:
+    """Compute the learning rate at a moment of a training.
+
+    Args:
+        settings: Peak, schedule and number of epochs.
+        done: Share of the training that is over, from 0 to 1. :func:`train` takes the middle of each step, so no
+            step has a rate of zero.
+
+    Returns:
+        The learning rate.
+
+    Source:
+        Maini et al. (2023), reference code.
+
+    Example:
+        >>> [round(learning_rate(Settings(learning_rate=0.1), done), 3) for done in (0, 0.05, 0.1, 0.55, 1)]
+        [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    warm_up = 0.1 if settings.schedule == "cosine" else min(10 / settings.epochs, 0.4)
+    if done < warm_up:
+        return settings.learning_rate * done / warm_up
+    left = (1 - done) / (1 - warm_up)
+    return settings.learning_rate * (left if settings.schedule == "triangle" else (1 - math.cos(math.pi * left)) / 2)
+
+
+class _Loop:
+    """A training at some epoch: all that changes while it runs, and how to save and load it."""
+
+    def __init__(
+        self, model: nn.Module, data: Data, settings: Settings, loss: Loss, observers: Sequence[Observer]
+    ) -> None:
+        self.device = data.train.images.device
+        self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        models.check_images(model, data.train.images, data.num_classes)
+        self.forward = torch.compile(model) if settings.compile else model
+        self.data, self.settings, self.loss, self.observers = data, settings, loss, observers
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.SGD(
+            list(self.parameters.values()),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+
+    def step(self, batch: Batch, rate: float) -> None:
+        """Take one step of gradient descent."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.settings.precision):
+            losses = self.loss(self.forward(batch.images), batch)
+        for observer in self.observers:
+            observer.before_backward(self.model, losses, batch)
+        self.scaler.scale(losses.mean()).backward()
+        if self.observers:
+            self.scaler.unscale_(self.optimizer)
+        for observer in self.observers:
+            observer.after_backward(self.model, batch)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield the training set in an order that depends on the seed and the epoch alone."""
+        train, seed = self.data.train, self.settings.seed
+        order = torch.randperm(len(train), generator=generator(seed, "order", epoch)).to(self.device)
+        augmentation = generator(seed, "augment", epoch)
+        for indices in order.split(self.settings.batch_size):
+            images = train.images[indices]
+            if self.settings.augment:
+                images = datasets.augment(images, augmentation)
+            images = images.contiguous(memory_format=self.memory_format)
+            yield Batch(images, train.labels[indices], train.noise_mask[indices], indices)
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch (none if it is 0), evaluate, and return the history's row."""
+        start = time.perf_counter()
+        if epoch > 0:
+            self.model.train()
+            steps = math.ceil(len(self.data.train) / self.settings.batch_size)
+            with seeded(self.settings.seed, "dropout", epoch):
+                for step, batch in enumerate(self.batches(epoch)):
+                    done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
+                    self.step(batch, learning_rate(self.settings, done))
+        evaluation = evaluate(
+            self.model, self.data, precision=self.settings.precision, channels_last=self.settings.channels_last
+        )
+        for observer in self.observers:
+            observer.after_epoch(epoch, self.model, evaluation)
+        found = {f"{name}_accuracy": value for name, value in asdict(evaluation.accuracies).items()}
+        row = {"epoch": epoch, "loss": evaluation.loss, **found, "seconds": time.perf_counter() - start}
+        return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next epoch needs."""
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    state[f"optimizer.{name}.{key}"] = value
+        for key, value in self.scaler.state_dict().items():
+            state[f"scaler.{key}"] = torch.tensor(value)
+        for observer in self.observers:
+            for key, value in observer.table().items():
+                state[f"observer.{observer.name}.{key}"] = value
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state that :meth:`state` returned."""
+        self.model.load_state_dict(_under("model.", state))
+        for name, parameter in self.parameters.items():
+            for key, value in _under(f"optimizer.{name}.", state).items():
+                self.optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({key: value.item() for key, value in _under("scaler.", state).items()})
+        for observer in self.observers:
+            observer.restore(_under(f"observer.{observer.name}.", state))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    *,
+    loss: Loss = cross_entropy,
+    frozen: Iterable[str] = (),
+    observers: Sequence[Observer] = (),
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Train a network in place.
+
+    Neither observers nor evaluation change the result, and torch's global generators are as before afterwards.
+
+    Args:
+        model: Any network that gives logits of shape ``(B, K)``. It is moved to the device of the data.
+        data: Training and test examples.
+        settings: How to train; a :class:`Recipe` will do.
+        loss: Gives the loss of each example, shape ``(B,)``, from logits and batch; the step follows their mean.
+        frozen: Layer groups (:func:`memloc.models.layer_groups`) whose parameters stay as they are. Batch-norm
+            statistics are buffers, not parameters, and move all the same.
+        observers: What watches the training.
+        progress: Whether to show a bar with the time left; None shows it on a terminal only.
+
+    Returns:
+        The history, one row an epoch from 0 (before training): ``epoch``, ``loss`` (mean cross-entropy on the training
+        set), ``clean_accuracy``, ``noisy_accuracy``, ``restored_accuracy``, ``test_accuracy`` (fractions, in
+        evaluation mode; NaN where there are no such examples), ``seconds``.
+
+    Raises:
+        ValueError: If the network cannot take the images, or a frozen layer group is unknown.
+
+    Source:
+        Maini et al. (2023), reference code, sections 1.4 and 2a of its description.
+
+    Example:
+        >>> data = labelnoise.apply(datasets.load("digits", examples=64), "flip", 0.25, seed=0)
+        >>> history = train(models.mlp(64), data, Settings(epochs=2, batch_size=16, learning_rate=0.1))
+        >>> list(history.epoch)
+        [0, 1, 2]
+    """
+    with _freeze(model, frozen):
+        loop = _Loop(model, data, settings, loss, observers)
+        rows = [loop.epoch(epoch) for epoch in _counted(range(settings.epochs + 1), "training", progress)]
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _freeze(model: nn.Module, frozen: Iterable[str]) -> Iterator[None]:
+    """Let the parameters of some layer groups have no gradient inside the block."""
+    groups = models.layer_groups(model)
+    names = list(frozen)
+    for name in names:
+        _check_one_of("frozen", name, groups)
+    still = [model.get_parameter(name) for group in names for name in groups[group]]
+    still = [parameter for parameter in still if parameter.requires_grad]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    try:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("frozen names every layer group with parameters to train: leave one out")
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(True)
+
+
+def _counted(epochs: Iterable[int], label: str, progress: bool | None) -> Iterable[int]:
+    """Show a bar, unless told not to; with None, tqdm shows it on a terminal only."""
+    return tqdm(epochs, desc=label, unit="epoch", disable=None if progress is None else not progress)
+
+
+def pick_device(name: str) -> torch.device:
+    """Choose a device by name.
+
+    Args:
+        name: ``"auto"`` (a GPU where there is one, else the CPU), or a torch device such as ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: If the name is none, or there is no such device.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be one that this machine has, got {name!r}: choose 'auto' or 'cpu'")
+    return device
+
+
+def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
+    """Load the data of a recipe and replace its labels.
+
+    Args:
+        recipe: Says which data, and which noise.
+        device: Where the tensors go; ``"auto"`` takes a GPU where there is one.
+
+    Returns:
+        Training examples with noisy labels, test examples as they are.
+
+    Raises:
+        FileNotFoundError: If the data are not on this machine; the message has the command that gets them.
+    """
+    data = datasets.load(recipe.dataset, size=recipe.size, examples=recipe.examples)
+    return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed).to(pick_device(str(device)))
+
+
+def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Build the network of a run as it was after an epoch.
+
+    Args:
+        run: A finished run.
+        epoch: One of ``run.epochs``; None takes the last.
+        device: Where it goes.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        KeyError: If the weights of that epoch were not kept.
+        OSError: If the file is not what was written.
+    """
+    recipe, shape = run.recipe, run.provenance["shape"]
+    model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
+    model.load_state_dict(run.checkpoint(run.epochs[-1] if epoch is None else epoch))
+    return model.to(pick_device(str(device)))
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoints: Iterable[int] | None = None,
+    observers: Sequence[Observer] = (),
+    progress: bool | None = None,
+) -> runs.Run:
+    """Give the run of a recipe: load it if it is whole, resume it if it was interrupted, train it if it is new.
+
+    Two processes that ask for the same run train it once; the second waits. A whole run that lacks a wanted epoch or
+    observer is trained again with it, and keeps what it had.
+
+    Args:
+        recipe: What to train.
+        device: Where; ``"auto"`` takes a GPU where there is one. Not part of the run's address.
+        checkpoints: Epochs whose weights are wanted (0 for the initial ones); None keeps all. The last is always kept.
+        observers: What watches the training; their tables lie in the run. When the run is loaded they are as if
+            they had watched it.
+        progress: Whether to show a bar with the time left; None shows it on a terminal only.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If a wanted epoch is not in the training, or two observers share a name.
+        FileNotFoundError: If the data are not on this machine.
+        OSError: If what is on disk is not what was written; the message says what to do.
+    """
+    wanted = {recipe.epochs, *(range(recipe.epochs + 1) if checkpoints is None else checkpoints)}
+    if not wanted <= set(range(recipe.epochs + 1)):
+        raise ValueError(f"checkpoints must be epochs from 0 to {recipe.epochs}, got {sorted(wanted)}")
+    watching = {observer.name: observer for observer in observers}
+    if len(watching) < len(observers):
+        raise ValueError(f"observers must have different names, got {[observer.name for observer in observers]}")
+
+    with runs.locked(recipe.address):
+        old = runs.find(recipe.address, recipe)
+        if old is not None and wanted <= set(old.epochs) and set(watching) <= set(old.tables):
+            for name, observer in watching.items():
+                observer.restore(old.table(name))
+            return old
+        kept = {} if old is None else {name: old.table(name) for name in old.tables if name not in watching}
+        if old is not None:
+            wanted |= set(old.epochs)
+
+        data = prepare(recipe, device)
+        images = data.train.images
+        shape = {"in_channels": images.shape[1], "size": images.shape[2], "num_classes": data.num_classes}
+        model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
+        loop = _Loop(model, data, recipe, cross_entropy, observers)
+        writer = runs.Writer(recipe.address, recipe)
+        state = writer.resume(set(watching), wanted)
+        if state is not None:
+            loop.load(state)
+        for epoch in _counted(range(len(writer.rows), recipe.epochs + 1), recipe.address, progress):
+            row = loop.epoch(epoch)
+            checkpoint = model.state_dict() if epoch in wanted else None
+            writer.keep(row, loop.state(), set(watching), checkpoint)
+        provenance = {"shape": shape, "version": VERSION, "torch": torch.__version__, "device": str(images.device)}
+        return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
