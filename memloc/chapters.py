@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def results(name: str, root: Path | None = None) -> list[Result]:
 
     Args:
         name: The chapter's name.
-        root: The folder with ``_toc.yml``; by default :func:`project_root`.
+        root: The folder with ``_toc.yml``; by default :func:`memloc.pages.project_root`.
 
     Returns:
         One result per file of ``book/results/<name>``; none where there is no clone of the book, as on Colab.
@@ -127,9 +128,7 @@ def read_notebook(path: Path) -> "nbformat.NotebookNode":
     import jupytext
 
     notebook = jupytext.read(path, fmt="md:myst")
-    notebook.metadata.setdefault(
-        "kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"}
-    )
+    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
     for cell in notebook.cells:
         cell.metadata.setdefault("tags", [])
     return _numbered(notebook)
@@ -163,7 +162,8 @@ def execute(
         progress: Called, from another thread, with one line when a training has finished an epoch.
 
     Returns:
-        The executed notebook, without machine paths or timestamps.
+        The executed notebook, without machine paths. Its ``metadata.memloc`` says how many seconds it took
+        and on which day.
 
     Raises:
         ParameterError: If a value is refused.
@@ -199,9 +199,7 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
 
     partial = whole.with_suffix(".partial.ipynb")
     failed = whole.with_name(f"{chapter.name}.failed.ipynb")
-    changed = {
-        name: value for name, value in about["parameters"].items() if value != chapter.parameters[name]
-    }
+    changed = {name: value for name, value in about["parameters"].items() if value != chapter.parameters[name]}
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="memloc-") as sockets:
@@ -225,7 +223,8 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
     except DeadKernelError as error:
         partial.replace(failed)
         raise ChapterError(chapter.name, None, "the kernel died: out of memory?", failed) from error
-    notebook.metadata["memloc"] = about | {"seconds": round(time.perf_counter() - start, 1)}
+    measured = {"seconds": round(time.perf_counter() - start, 1), "date": datetime.now(UTC).date().isoformat()}
+    notebook.metadata["memloc"] = about | measured
     nbformat.write(_without_traces(notebook), partial)
     partial.replace(whole)
 
@@ -239,9 +238,7 @@ def _kernel_manager(threads: int, sockets: str) -> type:
         def __init__(self, **options: Any) -> None:
             # Without folders to search: a kernelspec python3 in the reader's home may be another Python.
             own_python = KernelSpecManager(kernel_dirs=[])
-            super().__init__(
-                transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=own_python, **options
-            )
+            super().__init__(transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=own_python, **options)
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # declared a callable
             limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}

@@ -151,7 +151,7 @@ def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | 
             ``human-random3`` (one answer each), ``human-worse`` (a wrong answer wherever there is one).
         true_labels: The labels of CIFAR-10's training images, or of the first ``N`` of them. Int64, shape
             ``(N,)``.
-        root: The folder that holds the data sets; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
 
     Returns:
         The human labels of the same images; ``noise_mask`` marks those that differ from the true ones.
@@ -193,7 +193,7 @@ def apply(
         noise_rate: Share of labels to replace, 0 to 1. The human kinds bring their own rate and ignore it,
             and the seed.
         seed: Decides which labels are replaced, and by what.
-        root: The folder that holds the human labels; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the human labels; by default :func:`memloc.sources.root`.
 
     Returns:
         Data with the same images, true labels and test set.
