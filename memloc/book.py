@@ -7,6 +7,7 @@ their sources, in a tree of its own under ``_build/stage``, so that it starts no
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
 import os
@@ -88,9 +89,7 @@ def build(root: Path, *, jobs: int = 2, progress: Callable[[str], None] | None =
     return html / "index.html"
 
 
-def execute(
-    root: Path, *, jobs: int = 2, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Path]:
+def execute(root: Path, *, jobs: int = 2, progress: Callable[[str], None] = lambda line: None) -> dict[str, Path]:
     """Execute every chapter as written, several at a time; an unchanged one comes out of the cache.
 
     Args:
@@ -131,9 +130,7 @@ def _execute_one(root: Path, name: str) -> tuple[Path | None, str]:
         return None, f"{error}\n{error.traceback}"
 
 
-def notebooks(
-    root: Path, *, preset: str | None = None, folder: Path | None = None
-) -> dict[str, Path]:
+def notebooks(root: Path, *, preset: str | None = None, folder: Path | None = None) -> dict[str, Path]:
     """Write every chapter as a notebook that was not executed, for readers and for stock papermill.
 
     Args:
@@ -453,21 +450,49 @@ def modules(root: Path, executed: Mapping[str, Path]) -> str:
     for path in sources:
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
         rows.append([f"[memloc.{path.stem}](api-{path.stem})", summary])
-        directive = f"```{{eval-rst}}\n.. automodule:: memloc.{path.stem}\n   :members:\n   :ignore-module-all:\n```"
+        directive = f"```{{eval-rst}}\n.. automodule:: memloc.{path.stem}\n```"
         sections.append(f"(api-{path.stem})=\n## memloc.{path.stem}\n\n{directive}")
     return "\n\n".join([_table(["Module", "What it does"], rows), *sections])
 
 
-def status(root: Path, executed: Mapping[str, Path]) -> str:
-    """Make the tables of the status page from what the executed notebooks say about their own execution."""
-    rows = []
-    return _table(["Chapter", "Seconds", "Device", "Executed on"], rows)
-
-
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def readable(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Turn an executed notebook into one that reads well outside the book, for the download button.
+
+    Figures that the page shows elsewhere are shown under the cell that drew them, and numbers stand in the sentences
+    that quote them.
+
+    Args:
+        notebook: The executed notebook as JSON.
+
+    Returns:
+        A copy without glued outputs that are not figures, and without the directives that place them.
+    """
+    notebook = copy.deepcopy(notebook)
+    quoted = {}
+    for cell in notebook["cells"]:
+        shown = []
+        for output in cell.get("outputs", []):
+            glued = output.get("metadata", {}).get("scrapbook")
+            if glued is None:
+                shown.append(output)
+                continue
+            data = {mime.removeprefix(glued["mime_prefix"]): content for mime, content in output["data"].items()}
+            quoted[glued["name"]] = "".join(data.get("text/plain", "")).strip("'\"")
+            if any(mime.startswith("image/") for mime in data):
+                shown.append({**output, "data": data, "metadata": {}})
+        if "outputs" in cell:
+            cell["outputs"] = shown
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = _FIGURE.sub(r"*\2*", "".join(cell["source"]))
+            cell["source"] = _NUMBER.sub(lambda found: quoted.get(found[1], found[0]), text)
     return notebook
+
+
+_FIGURE = re.compile(r"^(`{3,}|:{3,})\{glue:figure\}.*\n(?::.*\n)*\s*((?:.*\n)*?)\1 *$", re.MULTILINE)
+_NUMBER = re.compile(r"\{glue:text\}`([\w-]+)(?::\w+)?`")
