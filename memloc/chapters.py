@@ -162,8 +162,7 @@ def execute(
         progress: Called, from another thread, with one line when a training has finished an epoch.
 
     Returns:
-        The executed notebook, without machine paths. Its ``metadata.memloc`` says how many seconds it took
-        and on which day.
+        The executed notebook, without machine paths or timestamps.
 
     Raises:
         ParameterError: If a value is refused.
@@ -177,9 +176,9 @@ def execute(
     whole.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(whole.with_suffix(".lock")):
         if not whole.is_file():
-            about = {"chapter": chapter.name, "key": key, "parameters": full, "versions": versions()}
+            about = {"chapter": chapter.name, "key": key, "parameters": full, "threads": threads}
             with following(progress):
-                _run(chapter, whole, about, root, threads)
+                _run(chapter, whole, about | {"versions": versions()}, root)
         os.utime(whole)
     for old in whole.parent.iterdir():
         if time.time() - old.stat().st_mtime > _KEPT_UNUSED_S:
@@ -191,7 +190,7 @@ def _executed_folder(root: Path) -> Path:
     return root / "_build" / "executed"
 
 
-def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threads: int) -> None:
+def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> None:
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -213,7 +212,7 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
                 start_timeout=180,
                 iopub_timeout=60,
                 shutdown_kernel="immediate",
-                kernel_manager_class=_kernel_manager(threads, sockets),
+                kernel_manager_class=_kernel_manager(about["threads"], sockets),
                 resources={"metadata": {"path": str(root)}},  # its cwd argument would move this whole process
             )
     except PapermillExecutionError as error:
@@ -223,8 +222,12 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path, threa
     except DeadKernelError as error:
         partial.replace(failed)
         raise ChapterError(chapter.name, None, "the kernel died: out of memory?", failed) from error
-    measured = {"seconds": round(time.perf_counter() - start, 1), "date": datetime.now(UTC).date().isoformat()}
-    notebook.metadata["memloc"] = about | measured
+    device = (records.recorded(notebook) or {"device": "cpu"})["device"]
+    notebook.metadata["memloc"] = about | {
+        "seconds": round(time.perf_counter() - start, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": f"cpu ({records.cpu()})" if device == "cpu" else device,
+    }
     nbformat.write(_without_traces(notebook), partial)
     partial.replace(whole)
 
@@ -264,7 +267,7 @@ def last_executed(root: Path, chapter: Chapter) -> dict[str, Any] | None:
         chapter: The chapter.
 
     Returns:
-        Chapter, key, parameters, versions and seconds, or ``None`` when it was not executed here.
+        Chapter, key, parameters, threads, versions, seconds, date and device; ``None`` when it was not executed.
     """
     pattern = f"{chapter.name}-{'[0-9a-f]' * 16}.ipynb"
     for path in sorted(_executed_folder(root).glob(pattern), key=lambda path: -path.stat().st_mtime):

@@ -60,17 +60,14 @@ class Parameter:
             raise ParameterError(f"{self.name} must be {_A[self.type]}, got None")
         typed = _READERS[self.type](value)
         if typed is None:
-            raise ParameterError(
-                f"{self.name} must be {_A[self.type]}{' or none' * self.optional}, got {value!r}"
-            )
+            raise ParameterError(f"{self.name} must be {_A[self.type]}{' or none' * self.optional}, got {value!r}")
         self._check_range(typed)
         return typed
 
     def _check_range(self, value: bool | int | float | str) -> None:
         if self.choices and value not in self.choices:
             raise ParameterError(
-                f"{self.name} {value!r} is not one of {', '.join(self.choices)}"
-                f"{did_you_mean(str(value), self.choices)}"
+                f"{self.name} {value!r} is not one of {', '.join(self.choices)}{did_you_mean(str(value), self.choices)}"
             )
         if isinstance(value, str):
             return
@@ -148,10 +145,8 @@ PARAMETERS: dict[str, Parameter] = {
             ),
         ),
         Parameter("noise_rate", float, "share of the labels that are made wrong", minimum=0, maximum=1),
-        Parameter("model", str, "the architecture", ("mlp", "small_cnn", "resnet9")),
-        Parameter(
-            "width", int, "channels of the first layer; none: the model's own", minimum=1, optional=True
-        ),
+        Parameter("model", str, "the network", ("small_cnn", "mlp", "resnet9")),
+        Parameter("width", int, "scale of the network; none: its own", minimum=1, optional=True),
         Parameter("epochs", int, "passes over the training set", minimum=1),
         Parameter("batch_size", int, "examples per step", minimum=1),
         Parameter("learning_rate", float, "peak learning rate", minimum=0),
@@ -162,6 +157,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("precision", str, "number format in training", ("fp32", "bf16", "fp16")),
         Parameter("channels_last", bool, "memory layout that is faster for convolutions"),
         Parameter("compile", bool, "compile the model before training"),
+        Parameter("batch_norm", str, "batch-norm buffers of rewound layers", ("keep", "rewind", "recalibrate")),
         Parameter("seed", int, "the first random seed", minimum=0),
         Parameter("seeds", int, "how many seeds, from the first", minimum=1),
         Parameter("device", str, "where to compute; auto: cuda, else cpu", ("auto", "cpu", "cuda")),
@@ -212,9 +208,7 @@ def defaults(code: str, chapter: str) -> dict[str, Value]:
     try:
         statements = ast.parse(code).body
     except SyntaxError as error:
-        raise ParameterError(
-            f"the parameters cell of chapter {chapter!r} is not Python: {error.msg}"
-        ) from error
+        raise ParameterError(f"the parameters cell of chapter {chapter!r} is not Python: {error.msg}") from error
     found: dict[str, Value] = {}
     for statement in statements:
         line = code.splitlines()[statement.lineno - 1]
@@ -231,9 +225,7 @@ def _default(statement: ast.stmt, line: str) -> tuple[str, Value]:
         raise ParameterError(f"expected 'name: type = literal  # comment', got {line.strip()!r}")
     name = statement.target.id
     if name not in PARAMETERS:
-        raise ParameterError(
-            f"{name!r} is not in memloc.parameters.PARAMETERS{did_you_mean(name, PARAMETERS)}"
-        )
+        raise ParameterError(f"{name!r} is not in memloc.parameters.PARAMETERS{did_you_mean(name, PARAMETERS)}")
     expected = PARAMETERS[name].type.__name__
     if ast.unparse(statement.annotation) != expected:
         raise ParameterError(f"{name} must be annotated {expected}, got {line.strip()!r}")

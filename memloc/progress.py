@@ -13,11 +13,10 @@ _INTERVAL_S = 1.0
 
 
 def store() -> Path:
-    """Return the folder of all trainings: ``$MEMLOC_RUNS``, else one in the platform's cache folder."""
+    """Return :func:`memloc.runs.root`, without importing torch for it."""
     import platformdirs
 
-    named = os.environ.get("MEMLOC_RUNS")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("memloc")) / "runs"
+    return Path(os.environ.get("MEMLOC_RUNS") or platformdirs.user_cache_path("memloc") / "runs")
 
 
 def epoch_line(address: str, history: dict[str, Any]) -> str:
@@ -63,15 +62,18 @@ def following(tell: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def _watch(tell: Callable[[str], None], folder: Path, over: threading.Event) -> None:
-    seen = dict.fromkeys(folder.glob("*/history.json"), time.time_ns())
+    # By address: a finished run's folder loses its suffix, and an epoch is news once.
+    seen = dict.fromkeys((_address(path) for path in folder.glob("*/history.json")), time.time_ns())
     while not over.wait(_INTERVAL_S):
         for path in folder.glob("*/history.json"):
             try:
                 changed, text = path.stat().st_mtime_ns, path.read_text()
-            except FileNotFoundError:  # deleted since it was listed
+            except FileNotFoundError:  # renamed or deleted since it was listed
                 continue
-            if changed > seen.get(path, 0):
-                seen[path] = changed
-                history = json.loads(text)
-                if history["rows"]:
-                    tell(epoch_line(path.parent.name, history))
+            if changed > seen.get(_address(path), 0):
+                seen[_address(path)] = changed
+                tell(epoch_line(_address(path), json.loads(text)))
+
+
+def _address(history: Path) -> str:
+    return history.parent.name.removesuffix(".partial")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,12 +30,16 @@ _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 Scalar = bool | int | float | str | None
 
 
-class HasRecipe(Protocol):
-    """A training as :func:`record` sees it."""
+class Training(Protocol):
+    """A :class:`memloc.runs.Run` as :func:`record` sees it."""
 
     @property
     def recipe(self) -> Any:
         """The dataclass of all that decided the training."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was trained; ``device`` of it is read."""
 
 
 def glue(key: str, value: object) -> None:
@@ -60,9 +63,7 @@ def glue(key: str, value: object) -> None:
     """
     if not _KEY.fullmatch(key):
         raise ValueError(f"key must be lower-case letters, digits and dashes, got {key!r}")
-    is_figure = "matplotlib.figure" in sys.modules and isinstance(
-        value, sys.modules["matplotlib.figure"].Figure
-    )
+    is_figure = "matplotlib.figure" in sys.modules and isinstance(value, sys.modules["matplotlib.figure"].Figure)
     if _in_a_kernel():
         if is_figure:
             bundle, metadata = _drawn(value, key), {}
@@ -106,7 +107,7 @@ def _drawn(figure: Any, key: str) -> dict[str, str]:
 def record(
     metrics: Mapping[str, object],
     tables: Mapping[str, "pd.DataFrame"] | None = None,
-    runs: Sequence[HasRecipe] = (),
+    runs: Sequence[Training] = (),
 ) -> None:
     """Show a chapter's numbers on its page and hand them to whoever runs it.
 
@@ -133,12 +134,12 @@ def record(
     if plain.get("verdict", VERDICTS[0]) not in VERDICTS:
         raise ValueError(f"verdict must be one of {str(VERDICTS)[1:-1]}, got {plain['verdict']!r}")
     for key, value in plain.items():
-        glue(key, _text(value))
+        glue(key, text(value))
     payload = {
         "metrics": _finite(plain),
         "tables": {name: _table(table) for name, table in (tables or {}).items()},
         "recipes": _finite([dataclasses.asdict(run.recipe) for run in runs]),
-        "device": _device(),
+        "device": _device(runs),
     }
     if _in_a_kernel():
         _publish(_RECORD, {"application/json": json.dumps(payload, allow_nan=False)}, {})
@@ -152,7 +153,8 @@ def _scalar(key: str, value: Any) -> Scalar:
     raise TypeError(f"metric {key!r} must be a number, a word or None, got {type(value).__name__}")
 
 
-def _text(value: Scalar) -> str:
+def text(value: Scalar) -> str:
+    """Write a metric as the page shows it: three decimals, yes or no, a dash for nothing."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -163,8 +165,7 @@ def _text(value: Scalar) -> str:
 def _table(table: "pd.DataFrame") -> dict[str, Any]:
     flat = table.reset_index() if any(table.index.names) else table
     rows = [
-        {str(column): _scalar(str(column), value) for column, value in row.items()}
-        for row in flat.to_dict("records")
+        {str(column): _scalar(str(column), value) for column, value in row.items()} for row in flat.to_dict("records")
     ]
     return {"columns": [str(column) for column in flat.columns], "records": _finite(rows)}
 
@@ -177,11 +178,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _device() -> str:
+def _device(runs: Sequence[Training]) -> str:
+    """Name the device that the trainings ran on: the kind, and the GPU's model."""
+    if not any(str(run.provenance["device"]).startswith("cuda") for run in runs):
+        return "cpu"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    return "cpu"
+    return f"cuda ({torch.cuda.get_device_name()})" if torch and torch.cuda.is_available() else "cuda"
 
 
 def recorded(notebook: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -241,14 +243,9 @@ def read(folder: Path, module_sha256: str | None) -> list[Result]:
         try:
             content = json.loads(path.read_text())
             metrics, tables = content.pop("metrics"), content.pop("tables")
-            frames = {
-                name: pd.DataFrame(table["records"], columns=table["columns"])
-                for name, table in tables.items()
-            }
+            frames = {name: pd.DataFrame(table["records"], columns=table["columns"]) for name, table in tables.items()}
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a recorded result ({error!r}): record it again with memloc run"
-            ) from error
+            raise ValueError(f"{path} is not a recorded result ({error!r}): record it again with memloc run") from error
         stale = content.get("module_sha256") != module_sha256
         found.append(Result(path.stem, metrics, frames, content, stale))
     return found
@@ -274,6 +271,13 @@ def versions() -> dict[str, str]:
         **{package: version(package) for package in packages},
         "memloc": memloc.__version__,
     }
+
+
+def cpu() -> str:
+    """Name this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def commit(root: Path) -> str:
@@ -333,11 +337,12 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
         "examples": metrics.get("examples", values.get("examples")),
         "n_seeds": values.get("seeds", 1),
         "seconds": about["seconds"],
-        "device": content["device"],
+        "device": about["device"],
+        "threads": about["threads"],
         "versions": about["versions"],
         "commit": commit(root),
         "module_sha256": module_sha256(root, chapter),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": about["date"],
         "command": command,
     }
     path = root / "book" / "results" / chapter / f"{preset}.json"

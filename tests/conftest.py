@@ -50,3 +50,44 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("MEMLOC_DATA is not set: tests on MNIST and CIFAR need the real files")
     return Path(folder)
+
+
+class SmallBook:
+    """A book of a few small chapters in a folder of its own."""
+
+    HEADER = "---\nkernelspec:\n  name: python3\n  display_name: Python 3\n  language: python\n---\n\n"
+
+    def __init__(self, root: Path):
+        self.root = root
+        (root / "book").mkdir(parents=True)
+        self.pages: list[str] = []
+        self.write("intro", "# What is it?\n")
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a page and put it into the table of contents."""
+        if name not in self.pages:
+            self.pages.append(name)
+        first, *others = self.pages
+        lines = ["format: jb-book", f"root: book/{first}", "chapters:" if others else ""]
+        (self.root / "_toc.yml").write_text("\n".join([*lines, *(f"- file: book/{page}" for page in others)]))
+        path = self.root / "book" / f"{name}.md"
+        path.write_text(text)
+        return path
+
+    def chapter(self, name: str, *cells: str, parameters: str | None = "seed: int = 0  # the first seed") -> Path:
+        """Write a chapter with these code cells after its parameters."""
+        text = f"{self.HEADER}# The {name} chapter\n"
+        if parameters is not None:
+            text += f"\n```{{code-cell}} ipython3\n:tags: [parameters]\n\n{parameters}\n```\n"
+        return self.write(name, text + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells))
+
+    def preset(self, chapter: str, name: str, text: str) -> Path:
+        path = self.root / "book" / "presets" / chapter / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+
+@pytest.fixture
+def small_book(tmp_path: Path) -> SmallBook:
+    return SmallBook(tmp_path / "project")

@@ -1,0 +1,302 @@
+"""The ``memloc`` command: the one module that speaks to a person.
+
+Whatever a person gets wrong is answered in one line on stderr, with exit status 2. Nothing heavy is imported before
+it is needed, so that ``--help``, ``list`` and every refusal come at once.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from memloc import chapters, records
+from memloc.parameters import did_you_mean
+
+if TYPE_CHECKING:
+    from memloc.runs import RunInfo
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out; the message is one line."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Carry out one command.
+
+    Args:
+        words: The words after ``memloc``; by default those of the command line.
+
+    Returns:
+        The exit status: 0, 1 when a chapter failed, 2 when what was asked for is not possible, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        status: int = options.command(options)
+    except KeyboardInterrupt:
+        print("memloc: interrupted", file=sys.stderr)
+        return 130
+    except chapters.ChapterError as error:
+        print(f"{error.traceback}\nmemloc: {error}; as far as it came: {error.notebook}", file=sys.stderr)
+        return 1
+    except (chapters.ParameterError, chapters.ProjectError, UsageError, OSError) as error:
+        print(f"memloc: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """End on SIGTERM as on Ctrl-C, which ends the kernels; other processes of ours get the signal passed on."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    raise KeyboardInterrupt
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"memloc: {message} ({self.prog} --help shows how)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("memloc", description="Where do neural networks keep what they memorize? Run the book's chapters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    one = commands.add_parser("list", help="show the chapters and their parameters")
+    one.set_defaults(command=_list)
+
+    one = commands.add_parser("run", help="execute a chapter with parameters of your own")
+    one.add_argument("chapter", metavar="CHAPTER")
+    one.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="set a parameter (repeatable)")
+    one.add_argument("-f", metavar="PRESET", help="a preset in book/presets/CHAPTER, or a YAML file; -p overrides it")
+    one.add_argument("-o", type=Path, metavar="OUT.ipynb", help="copy the executed notebook here")
+    one.add_argument("--record", action="store_true", help="keep the numbers in book/results/CHAPTER/PRESET.json")
+    one.add_argument("--threads", type=_threads, default=1, metavar="N", help="threads of the kernel (1)")
+    one.set_defaults(command=_run)
+
+    one = commands.add_parser("build", help="execute what has changed and build the book")
+    one.set_defaults(command=_build)
+
+    one = commands.add_parser("data", help="show, download or locate the data sets")
+    actions = one.add_subparsers(required=True, metavar="ACTION", title="actions")
+    actions.add_parser("list", help="show name, size, source and licence").set_defaults(command=_data_list)
+    get = actions.add_parser("get", help="download a data set")
+    get.add_argument("name", metavar="NAME")
+    get.set_defaults(command=_data_get)
+    actions.add_parser("path", help="print the folder they are in").set_defaults(command=_data_path)
+
+    one = commands.add_parser("runs", help="show or delete the trainings on disk")
+    one.set_defaults(command=_runs_list)
+    actions = one.add_subparsers(metavar="ACTION", title="actions")
+    actions.add_parser("list", help="show address, epochs, size and age").set_defaults(command=_runs_list)
+    show = actions.add_parser("show", help="print one training's recipe")
+    show.add_argument("address", metavar="ADDRESS", help="its beginning is enough")
+    show.set_defaults(command=_runs_show)
+    delete = actions.add_parser("delete", help="delete trainings")
+    delete.add_argument("addresses", nargs="*", metavar="ADDRESS")
+    delete.add_argument("--all", action="store_true", help="delete every training")
+    delete.set_defaults(command=_runs_delete)
+    return parser
+
+
+def _threads(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {word!r}")
+    return int(word)
+
+
+def _list(options: argparse.Namespace) -> int:
+    root = chapters.project_root()
+    for chapter in chapters.find(root).values():
+        measured = chapters.last_executed(root, chapter)
+        seconds = f"{measured['seconds']:.0f} s" if measured else "not executed here yet"
+        print(f"{chapter.name} – {chapter.title} ({seconds})")
+        rows = []
+        for name, default in chapter.parameters.items():
+            about = chapters.PARAMETERS[name]
+            meaning = f"{about.meaning} ({', '.join(about.choices)})" if about.choices else about.meaning
+            rows.append((f"  {name}", about.type.__name__, _word(default), meaning))
+        _print_table(rows)
+        print()
+    return 0
+
+
+def _word(value: object) -> str:
+    """Write a value as it can be given on the command line."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _run(options: argparse.Namespace) -> int:
+    root = chapters.project_root()
+    chapter = chapters.get(root, options.chapter)
+    values: dict[str, object] = chapters.read_preset(root, chapter.name, options.f) if options.f else {}
+    for word in options.p:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"-p takes NAME=VALUE, got {word!r}")
+        values[name] = value
+    chapters.check(chapter, values)
+    if options.record:
+        _check_recordable(options, root)
+    if options.o and (options.o.is_dir() or not options.o.absolute().parent.is_dir()):
+        raise UsageError(f"-o takes the path of a notebook in a folder that is there, got {str(options.o)!r}")
+
+    line = _Line()
+    try:
+        executed = chapters.execute(chapter, values, root=root, threads=options.threads, progress=line.show)
+    finally:
+        line.end()
+    _print_metrics(executed)
+    if options.record:
+        command = shlex.join(["memloc", "run", chapter.name, "-f", options.f, "--record"])
+        try:
+            print(records.keep(root, executed, options.f, command))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    if options.o:
+        shutil.copyfile(executed, options.o)
+    print(options.o or executed)
+    return 0
+
+
+def _check_recordable(options: argparse.Namespace, root: Path) -> None:
+    if not options.f or not (root / "book" / "presets" / options.chapter / f"{options.f}.yaml").is_file():
+        raise UsageError(f"--record needs the name of a preset in book/presets/{options.chapter}: add -f NAME")
+    if options.p:
+        raise UsageError("--record keeps what a preset gives: leave out -p, or change the preset")
+    try:
+        records.commit(root)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _print_metrics(executed: Path) -> None:
+    content = records.recorded(json.loads(executed.read_text()))
+    if content and content["metrics"]:
+        _print_table([(key, records.text(value)) for key, value in content["metrics"].items()])
+
+
+class _Line:
+    """One line on stderr that is written anew; where stderr is no terminal, at most one line in ten seconds."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._last = -10.0
+
+    def show(self, text: str) -> None:
+        if self._is_terminal:
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= 10:
+            self._last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _build(options: argparse.Namespace) -> int:
+    from memloc import book
+
+    try:
+        page = book.build(chapters.project_root(), progress=lambda line: print(line, flush=True))
+    except book.BookError as error:
+        print("\n".join([*error.details, f"memloc: {error}"]), file=sys.stderr)
+        return 1
+    print(page)
+    return 0
+
+
+def _data_list(options: argparse.Namespace) -> int:
+    from memloc import datasets
+
+    rows = [
+        (name, _size(source.size_bytes), source.name, source.licence, source.url)
+        for name, source in datasets.SOURCES.items()
+    ]
+    _print_table([("name", "download", "what it is", "licence", "source"), *rows])
+    return 0
+
+
+def _data_get(options: argparse.Namespace) -> int:
+    from memloc import datasets
+
+    name = options.name
+    if name not in datasets.SOURCES:
+        raise UsageError(
+            f"unknown data set {name!r}{did_you_mean(name, datasets.SOURCES)} (memloc data list shows all)"
+        )
+    source = datasets.SOURCES[name]
+    print(f"{source.name}: {_size(source.size_bytes)} from {source.url}, licence: {source.licence}", flush=True)
+    try:
+        print(datasets.get(name))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def _data_path(options: argparse.Namespace) -> int:
+    from memloc import datasets
+
+    print(datasets.root())
+    return 0
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} GB"
+
+
+def _runs_list(options: argparse.Namespace) -> int:
+    from memloc import runs
+
+    infos = runs.listing()
+    for info in infos:
+        age_h = (time.time() - info.modified) / 3600
+        epochs = f"{info.epochs_done}/{info.epochs} epochs" + ("" if info.is_whole else ", unfinished")
+        about = " ".join(_word(info.recipe.get(key)) for key in ("dataset", "model", "seed"))
+        print(f"{info.address}  {epochs}  {_size(info.size_bytes)}  {age_h:.1f} h ago  {about}")
+    print(f"{len(infos)} runs, {_size(sum(info.size_bytes for info in infos))} in {runs.root()}")
+    return 0
+
+
+def _runs_show(options: argparse.Namespace) -> int:
+    info = _find_run(options.address)
+    _print_table([(name, _word(value)) for name, value in info.recipe.items()])
+    return 0
+
+
+def _runs_delete(options: argparse.Namespace) -> int:
+    from memloc import runs
+
+    if options.all == bool(options.addresses):
+        raise UsageError("runs delete takes addresses, or --all (memloc runs list shows them)")
+    doomed = runs.listing() if options.all else [_find_run(address) for address in options.addresses]
+    for info in doomed:
+        runs.delete(info.address)
+    print(f"deleted {len(doomed)} runs, {_size(sum(info.size_bytes for info in doomed))}")
+    return 0
+
+
+def _find_run(beginning: str) -> "RunInfo":
+    from memloc import runs
+
+    found = [info for info in runs.listing() if info.address.startswith(beginning)]
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} runs begin with {beginning!r}: expected one (memloc runs list shows all)")
+    return found[0]
