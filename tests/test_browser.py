@@ -29,7 +29,7 @@ pytestmark = pytest.mark.browser
 def html() -> Path:
     """The built pages; `make test` builds them before."""
     built = ROOT / "_build" / "html"
-    return built if (built / book.DIGEST).is_file() else book.build(ROOT).parent
+    return built if (built / book.STAMP).is_file() else book.build(ROOT).parent
 
 
 @pytest.fixture(scope="session")
