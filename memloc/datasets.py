@@ -184,7 +184,7 @@ def from_arrays(
     classes: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Data:
-    """Make a data set of arrays or tensors.
+    """Make a data set of arrays or tensors, which are copied.
 
     Args:
         images: Shape ``(N, C, H, W)``, or ``(N, H, W)`` for one channel. Uint8 is scaled like :func:`load`
@@ -240,8 +240,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         Images of the same shape and type, on the same device.
 
     Source:
-        Crop and mirror are those of the reference code of Maini et al. (2023), which pads to 32 pixels
-        whatever the image size, and adds AutoAugment; neither is done here.
+        The reference code of Maini et al. (2023) crops and mirrors CIFAR-10 like this. It makes 32 pixels of
+        every image size and adds AutoAugment; neither is done here.
 
     Example:
         >>> images = torch.ones(5, 3, 8, 8)
@@ -257,7 +257,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = torch.arange(width, device=device)
     columns = left + torch.where(mirrored, width - 1 - columns, columns)
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-    crops = padded.flatten(2).gather(2, pixels.view(batch, 1, -1).expand(-1, channels, -1))
+    crops = padded.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(-1, channels, -1))
     return crops.view(images.shape)
 
 
@@ -269,22 +269,20 @@ def _as_images(argument: str, images: Tensor | np.ndarray, device: torch.device 
         expected = "uint8 or float of shape (N, C, H, W) or (N, H, W)"
         raise ValueError(f"{argument} must be {expected}, got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.shape[3] in (1, 3) and tensor.shape[1] == tensor.shape[2] > 3:
-        raise ValueError(
-            f"{argument} must have channels first, got {tuple(tensor.shape)}: transpose to (0, 3, 1, 2)"
-        )
-    scaled = tensor.to(device).to(torch.float32, memory_format=torch.contiguous_format)
+        raise ValueError(f"{argument} must have channels first, got {tuple(tensor.shape)}: transpose to (0, 3, 1, 2)")
+    scaled = tensor.to(device).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return scaled.div_(255).sub_(0.5).div_(0.5) if tensor.dtype == torch.uint8 else scaled
 
 
 def _as_labels(argument: str, labels: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     tensor = _as_tensor(labels)
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise ValueError(f"{argument} must be integers, got {tensor.dtype}")
-    return tensor.to(device, torch.int64)
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(f"{argument} must be integers (N,), got {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.to(device, torch.int64, copy=True)
 
 
 def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
-    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def _check_labels(argument: str, labels: Tensor, examples: int, num_classes: int) -> None:
@@ -294,6 +292,4 @@ def _check_labels(argument: str, labels: Tensor, examples: int, num_classes: int
         )
     if examples and not (labels.amin() >= 0 and labels.amax() < num_classes):
         found = f"{labels.amin().item()} to {labels.amax().item()}"
-        raise ValueError(
-            f"{argument} must be from 0 to {num_classes - 1} ({num_classes} classes), got {found}"
-        )
+        raise ValueError(f"{argument} must be from 0 to {num_classes - 1} ({num_classes} classes), got {found}")

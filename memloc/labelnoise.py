@@ -3,32 +3,28 @@
 Noise is a function of the true labels, a rate and a seed. Test labels are never touched.
 """
 
-import hashlib
+import io
 import math
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memloc import datasets
+from memloc import sources
 from memloc.datasets import Data
 from memloc.randomness import generator
 
-_HUMAN = {  # our kind: CIFAR-10N's array and the MD5 of its 50,000 labels as bytes
-    "human-aggregate": ("aggre_label", "4c923cb1af2aee8a8ad935b5aa4a71e8"),
-    "human-random1": ("random_label1", "b2bfe565c66e32e0240ddc3b23b8b9e2"),
-    "human-random2": ("random_label2", "2b82ae63b0a579ce80d1f57b2c38b313"),
-    "human-random3": ("random_label3", "dbc67e1f13d8fc043fce72a07e745db5"),
-    "human-worse": ("worse_label", "ea8c18d6bc66d6bed531867413bd9b38"),
+_HUMAN = {  # our kind and the name of the published array
+    "human-aggregate": "aggre_label",
+    "human-random1": "random_label1",
+    "human-random2": "random_label2",
+    "human-random3": "random_label3",
+    "human-worse": "worse_label",
 }
-_FILES = ("CIFAR-10_human.pt", "CIFAR-10_human.npz")
-_REPAIR = "`memloc data get cifar-10n` says where to fetch it anew"
 
 KINDS: tuple[str, ...] = ("flip", "parity", "permute", *_HUMAN)
 """The kinds of label noise that :func:`apply` knows."""
@@ -42,6 +38,11 @@ class NoisyLabels:
         labels: The labels to train on. Int64, shape ``(N,)``.
         true_labels: The labels as they came. Int64, shape ``(N,)``.
         noise_mask: Whether the label was replaced. Bool, shape ``(N,)``.
+
+    Example:
+        >>> noisy = flip_labels(torch.tensor([0, 1]), 1.0, num_classes=2, seed=0)
+        >>> noisy.labels, noisy.true_labels, noisy.noise_mask
+        (tensor([1, 0]), tensor([0, 1]), tensor([True, True]))
     """
 
     labels: Tensor
@@ -49,9 +50,7 @@ class NoisyLabels:
     noise_mask: Tensor
 
 
-def flip_labels(
-    labels: Tensor, noise_rate: float, num_classes: int, seed: int, *, parity: bool = False
-) -> NoisyLabels:
+def flip_labels(labels: Tensor, noise_rate: float, num_classes: int, seed: int, *, parity: bool = False) -> NoisyLabels:
     """Replace a share of the labels by a wrong class, drawn uniformly.
 
     Exactly ``floor(noise_rate * N)`` labels are replaced, at places drawn without replacement. The product
@@ -86,9 +85,7 @@ def flip_labels(
     fewest = 3 if parity else 2
     if noise_rate > 0 and num_classes < fewest:
         kind = "the reference code's flips" if parity else "flips"
-        raise ValueError(
-            f"num_classes must be at least {fewest} for {kind}, got {num_classes}: no wrong class is left"
-        )
+        raise ValueError(f"num_classes must be at least {fewest} for {kind}, got {num_classes}: no wrong class is left")
     count = math.floor(noise_rate * len(labels))
     if count == 0:
         return NoisyLabels(labels.clone(), labels, torch.zeros_like(labels, dtype=torch.bool))
@@ -123,8 +120,7 @@ def permute_labels(labels: Tensor, noise_rate: float, seed: int) -> NoisyLabels:
         ValueError: If an argument is out of range.
 
     Source:
-        Stephenson et al. (2021), who permute half of the labels. Whether they redraw a label that stays
-        right is not stated; here it is not redrawn.
+        Stephenson et al. (2021). How they treat a permuted label that stays right is not stated.
 
     Example:
         >>> noisy = permute_labels(torch.arange(100), 0.5, seed=0)
@@ -142,13 +138,12 @@ def permute_labels(labels: Tensor, noise_rate: float, seed: int) -> NoisyLabels:
 def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | None = None) -> NoisyLabels:
     """Read the labels that people gave to the training images of CIFAR-10.
 
-    The file is ``cifar-10n/CIFAR-10_human.pt`` below the root, as its authors publish it, or
-    ``CIFAR-10_human.npz`` with the same arrays. The first is a pickle: it is read by torch's restricted
-    loader, which runs nothing and here accepts NumPy arrays alone.
+    The file is ``cifar-10n/CIFAR-10_human.pt`` below the root, as its authors publish it. It is a pickle: if
+    its checksum is right, torch's restricted loader reads it, which calls only what rebuilds a NumPy array.
 
     Args:
         kind: One of ``human-aggregate`` (majority of three answers), ``human-random1``, ``human-random2``,
-            ``human-random3`` (one answer each), ``human-worse`` (a wrong answer wherever there is one).
+            ``human-random3`` (one answer each), ``human-worse`` (a wrong answer wherever one was given).
         true_labels: The labels of CIFAR-10's training images, or of the first ``N`` of them. Int64, shape
             ``(N,)``.
         root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
@@ -168,23 +163,14 @@ def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | 
     if kind not in _HUMAN:
         raise ValueError(f"kind must be one of {', '.join(_HUMAN)}, got {kind!r}")
     _check(true_labels, 0.0)
-    folder = (datasets.root() if root is None else Path(root)) / "cifar-10n"
-    path = next((path for path in (folder / file for file in _FILES) if path.exists()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder / _FILES[0]} is missing: `memloc data get cifar-10n` says where to fetch it, "
-            "or set MEMLOC_DATA to the folder that holds cifar-10n"
-        )
-    clean, answers = _read_human(path, *_HUMAN[kind])
+    clean, answers = _read_human(root, _HUMAN[kind])
     if not torch.equal(clean[: len(true_labels)], true_labels.cpu()):
-        raise ValueError(f"true_labels must be those of CIFAR-10's first training images: {path} has others")
+        raise ValueError("true_labels must be those of the first training images of CIFAR-10, in their order")
     labels = answers[: len(true_labels)].to(true_labels.device)
     return NoisyLabels(labels, true_labels, labels != true_labels)
 
 
-def apply(
-    data: Data, kind: str, noise_rate: float, seed: int, root: str | os.PathLike[str] | None = None
-) -> Data:
+def apply(data: Data, kind: str, noise_rate: float, seed: int, root: str | os.PathLike[str] | None = None) -> Data:
     """Put noise on the training labels of a data set, starting from the true ones.
 
     Args:
@@ -203,6 +189,7 @@ def apply(
         FileNotFoundError: If the human labels are not there.
 
     Example:
+        >>> from memloc import datasets
         >>> noisy = apply(datasets.load("digits", examples=100), "flip", 0.1, seed=0)
         >>> noisy.train.noise_mask.sum().item(), noisy.test.noise_mask.sum().item()
         (10, 0)
@@ -215,9 +202,7 @@ def apply(
     elif kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     elif data.name != "cifar10":
-        raise ValueError(
-            f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip, parity or permute"
-        )
+        raise ValueError(f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip, parity or permute")
     else:
         noisy = human_labels(kind, true_labels, root)
     return data.with_labels(noisy.labels, noisy.noise_mask)
@@ -239,36 +224,20 @@ def _replaced(labels: Tensor, chosen: Tensor, replacements: Tensor) -> NoisyLabe
     return NoisyLabels(noisy, labels, mask)
 
 
-def _read_human(path: Path, array: str, md5: str) -> tuple[Tensor, Tensor]:
-    """Read CIFAR-10N's true labels and one of its label sets, checked. Int64, shape ``(50000,)`` each."""
-    try:
-        arrays = _load_arrays(path)
-        clean, answers = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("clean_label", array))
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ValueError(f"{path} is no file of CIFAR-10N, so it is not read: {_REPAIR}") from error
-    found = hashlib.md5(answers.numpy().astype(np.uint8).tobytes(), usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f"{path} has altered labels in {array} (MD5 {found}, expected {md5}): {_REPAIR}")
-    return clean, answers
-
-
-def _load_arrays(path: Path) -> dict[str, Any]:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    rebuild = np.empty(0).__reduce__()[0]  # the function with which NumPy pickles its arrays, private by name
+def _read_human(root: str | os.PathLike[str] | None, array: str) -> tuple[Tensor, Tensor]:
+    """Read the true labels and one set of answers from CIFAR-10N's file. Int64, shape ``(50000,)`` each."""
+    (content,) = sources.contents("cifar-10n", root)
+    rebuild = np.empty(0).__reduce__()[0]  # how NumPy pickles an array; it has no public name
     allowed: list[Any] = [
-        (rebuild, "numpy.core.multiarray._reconstruct"),
+        rebuild,
+        (rebuild, "numpy.core.multiarray._reconstruct"),  # its place before NumPy 2
         np.ndarray,
         np.dtype,
         type(np.dtype(np.int64)),
     ]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(path, weights_only=True)
+    try:
+        with torch.serialization.safe_globals(allowed):
+            arrays = torch.load(io.BytesIO(content), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("the labels of cifar-10n must be NumPy arrays and nothing else: refused") from error
+    return torch.from_numpy(arrays["clean_label"]), torch.from_numpy(arrays[array])

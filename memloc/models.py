@@ -223,7 +223,7 @@ def check_images(model: nn.Module, images: Tensor, num_classes: int | None = Non
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model {name} must give logits of shape (B, K), got {got} for one image")
     if logits.shape[1] < (num_classes or 0):
-        raise ValueError(f"model {name} has {logits.shape[1]} outputs, the data have {num_classes} classes: give it more")
+        raise ValueError(f"model {name} must have an output for each of {num_classes} classes, has {logits.shape[1]}")
 
 
 @contextmanager

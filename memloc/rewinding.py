@@ -95,7 +95,9 @@ def _changed_names(model: nn.Module, groups: str | Iterable[str], *, with_buffer
         return parameters
     owners = {name.rpartition(".")[0] for name in parameters}
     kept = model.state_dict()
-    return parameters + [name for name, _ in model.named_buffers() if name.rpartition(".")[0] in owners and name in kept]
+    return parameters + [
+        name for name, _ in model.named_buffers() if name.rpartition(".")[0] in owners and name in kept
+    ]
 
 
 def _recalibrate(model: nn.Module, images: Tensor, batch_size: int) -> None:

@@ -173,7 +173,7 @@ def delete(address: str) -> None:
         KeyError: If there is no such run.
     """
     folders = [root() / address, root() / f"{address}.partial"]
-    if Path(address).name != address or address.startswith(".") or not any(folder.is_dir() for folder in folders):
+    if not address.isalnum() or not any(folder.is_dir() for folder in folders):
         raise KeyError(f"no run {address!r} in {root()}: memloc runs lists them")
     with locked(address):
         for folder in folders:
@@ -355,4 +355,7 @@ def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[st
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != hashes.get(name):
         raise _damaged(path, "is missing or damaged (its SHA-256 is not the one noted when it was written)")
-    return safetensors.torch.load(content)
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, "is not a safetensors file") from error

@@ -13,19 +13,19 @@ import os
 import pickle
 import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import platformdirs
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from memloc.vision import torchvision
 
-Arrays = tuple[Any, ...]  # images, labels, test_images, test_labels: numpy arrays or tensors
+Tensors = tuple[Tensor, ...]  # images, labels, test_images, test_labels
 _DIGITS = tuple("0123456789")
 
 
@@ -39,6 +39,10 @@ class Source:
         url: The homepage or repository of its authors.
         licence: Its licence, or what the authors say instead.
         citation: Whom to cite.
+
+    Example:
+        >>> SOURCES["fashionmnist"].licence
+        'MIT'
     """
 
     name: str
@@ -93,16 +97,14 @@ SOURCES: dict[str, Source] = {
         246_316_178,
         "http://ufldl.stanford.edu/housenumbers/",
         "for non-commercial use only",
-        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, "
-        "NIPS workshop, 2011",
+        "Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, NIPS workshop, 2011",
     ),
     "cifar-10n": Source(
         "CIFAR-10N, human labels for CIFAR-10",
         2_401_007,
         "https://github.com/UCSC-REAL/cifar-10-100n",
         "CC BY-NC 4.0 (non-commercial)",
-        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human "
-        "Annotations, ICLR 2022",
+        "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations, ICLR 2022",
     ),
 }
 """Size, homepage, licence and citation of every data set, the human labels of CIFAR-10N included."""
@@ -125,6 +127,7 @@ _MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+_HUMAN_MD5 = {"CIFAR-10_human.pt": "96644db5574813cae939af5f7f2a0aec"}
 
 
 def root() -> Path:
@@ -132,22 +135,61 @@ def root() -> Path:
 
     Returns:
         ``$MEMLOC_DATA`` if it is set, else ``data`` in memloc's folder of the platform's cache.
+
+    Example:
+        >>> isinstance(root(), Path)
+        True
     """
-    folder = os.environ.get("MEMLOC_DATA")
-    return (
-        Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("memloc", False)) / "data"
-    )
+    chosen = os.environ.get("MEMLOC_DATA")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("memloc", False) / "data"
+
+
+def contents(name: str, root: str | os.PathLike[str] | None = None) -> Iterator[bytes]:
+    """Read the files of a data set one after the other, each only if it is the official one.
+
+    Of Fashion-MNIST and KMNIST these are the compressed files, since only they have an official checksum.
+
+    Args:
+        name: A key of :data:`SOURCES`.
+        root: The folder that holds the data sets; by default :func:`root`.
+
+    Yields:
+        The content of the next file; of ``digits``, which has none, nothing.
+
+    Raises:
+        ValueError: If the name is unknown, or a file is truncated or altered.
+        FileNotFoundError: If a file is not there.
+
+    Example:
+        >>> len(list(contents("digits")))
+        0
+    """
+    for file, md5 in _official_files(name).items():
+        path = _folder(root) / file
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{path} is missing: run `memloc data get {name}`, or set MEMLOC_DATA to the folder that holds {name}"
+            ) from None
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != md5:
+            raise ValueError(
+                f"{path} is truncated or altered (MD5 {found}, expected {md5}): "
+                f"run `memloc data get {name}` to replace it"
+            )
+        yield content
 
 
 def is_complete(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     """Tell whether every file of a data set is there and is the official one.
 
     Args:
-        name: One of :data:`NAMES`.
+        name: A key of :data:`SOURCES`.
         root: The folder that holds the data sets; by default :func:`root`.
 
     Returns:
-        True if :func:`load` will find what it needs.
+        True if whoever reads the data set will find what is needed.
 
     Raises:
         ValueError: If the name is unknown.
@@ -156,10 +198,10 @@ def is_complete(name: str, root: str | os.PathLike[str] | None = None) -> bool:
         >>> is_complete("digits")
         True
     """
-    _check_name(name)
+    check_name(name, SOURCES)
     try:
-        for path, md5 in _official_files(name).items():
-            _verified(name, _folder(root) / path, md5)
+        for _ in contents(name, root):
+            pass
     except (FileNotFoundError, ValueError):
         return False
     return True
@@ -172,14 +214,14 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     only then moved, each in one step. After a failure or Ctrl-C nothing of the attempt is left.
 
     Args:
-        name: One of :data:`NAMES`. CIFAR-10N has to be fetched by hand; asking for it says how.
+        name: A key of :data:`SOURCES`. CIFAR-10N must be fetched by hand; asking for it says how.
         root: The folder that holds the data sets; by default :func:`root`.
 
     Returns:
         The folder that holds the data sets.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the data set is one to fetch by hand.
         OSError: If the download fails.
 
     Example:
@@ -187,64 +229,63 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
         'anywhere'
     """
     folder = _folder(root)
-    if name == "cifar-10n":
-        raise ValueError(
-            f"cifar-10n must be fetched by hand: save data/CIFAR-10_human.pt of {SOURCES[name].url} "
-            f"as {folder / name / 'CIFAR-10_human.pt'}"
-        )
     if is_complete(name, folder):
         return folder
+    if name not in _TORCHVISION:
+        raise ValueError(
+            f"{name} must be fetched by hand: save data/CIFAR-10_human.pt of {SOURCES[name].url} "
+            f"as {folder / name / 'CIFAR-10_human.pt'}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
             if not is_complete(name, folder):  # another process may have got it while this one waited
                 _download(name, folder)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        tarfile.TarError,
-        http.client.HTTPException,
-    ) as error:
+    except _DOWNLOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise OSError(
-            f"{name} could not be downloaded ({reason}): "
-            f"try again with a network, or copy its files to {folder}"
+            f"{name} could not be downloaded ({reason}): try again with a network, or copy its files to {folder}"
         ) from error
     return folder
+
+
+_DOWNLOAD_ERRORS = (  # no network, wrong checksum, cut short
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    tarfile.TarError,
+    http.client.HTTPException,
+)
 
 
 def _download(name: str, folder: Path) -> None:
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
-        partial.mkdir()
         dataset = getattr(torchvision().datasets, _TORCHVISION[name])
         for split in ({"split": "train"}, {"split": "test"}) if name == "svhn" else ({},):
             dataset(partial, download=True, **split)
-        for path, md5 in _official_files(name).items():
-            _verified(name, partial / path, md5)
-        for archive in partial.glob("*.tar.gz"):
-            archive.unlink()
-        _move_files(partial, folder)
+        for _ in contents(name, partial):
+            pass  # reading is checking
+        files = [path for path in partial.rglob("*") if path.is_file() and not path.match("*.tar.gz")]
+        for file in files:
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move_files(source: Path, target: Path) -> None:
-    for file in [path for path in source.rglob("*") if path.is_file()]:
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
-
-
 def _official_files(name: str) -> dict[str, str]:
     """List what a data set consists of: path below the root and MD5, in the order in which it is read."""
+    check_name(name, SOURCES)
     if name == "digits":
         return {}
     if name == "mnist":
         return {f"MNIST/raw/{file}": md5 for file, md5 in _MNIST_MD5.items()}
+    if name == "cifar-10n":
+        return {f"cifar-10n/{file}": md5 for file, md5 in _HUMAN_MD5.items()}
     dataset = getattr(torchvision().datasets, _TORCHVISION[name])
     if name in ("fashionmnist", "kmnist"):
         return {f"{dataset.__name__}/raw/{file}": md5 for file, md5 in dataset.resources}
@@ -254,36 +295,16 @@ def _official_files(name: str) -> dict[str, str]:
     return {f"{dataset.base_folder}/{file}": md5 for file, md5 in files}
 
 
-def _verified(name: str, path: Path, md5: str) -> bytes:
-    """Read a file and return its content only if it is the official one."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: run `memloc data get {name}`, "
-            f"or set MEMLOC_DATA to the folder that holds {name}"
-        ) from None
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(
-            f"{path} is truncated or altered (MD5 {found}, expected {md5}): "
-            f"run `memloc data get {name}` to replace it"
-        )
-    return content
-
-
-def read(name: str, root: str | os.PathLike[str] | None = None) -> tuple[Sequence[str], Arrays]:
-    """Read the official files of a data set, each compared with its checksum first.
-
-    Of Fashion-MNIST and KMNIST only the compressed files have an official checksum, so those are what is read.
+def read(name: str, root: str | os.PathLike[str] | None = None) -> tuple[Sequence[str], Tensors]:
+    """Decode the files of a data set.
 
     Args:
         name: One of :data:`NAMES`.
         root: The folder that holds the data sets; by default :func:`root`.
 
     Returns:
-        The class names, and the arrays images, labels, test images, test labels. Images are uint8, shape
-        ``(N, C, H, W)`` or ``(N, H, W)``; those of ``digits`` are float32, scaled.
+        The class names, and the tensors images, labels, test images, test labels. Images are uint8, shape
+        ``(N, C, H, W)``; those of ``digits``, which have 17 shades of grey, are float32 and scaled.
 
     Raises:
         ValueError: If the name is unknown, or a file is truncated or altered.
@@ -294,65 +315,78 @@ def read(name: str, root: str | os.PathLike[str] | None = None) -> tuple[Sequenc
         >>> len(classes), len(images), len(test_labels)
         (10, 1297, 500)
     """
-    _check_name(name)
+    check_name(name, NAMES)
     if name == "digits":
-        return _read_digits()
-    files = _official_files(name).items()
-    contents = (_verified(name, _folder(root) / path, md5) for path, md5 in files)
+        return _DIGITS, _read_digits()
+    files = contents(name, root)
     if name == "svhn":
-        return _DIGITS, _read_svhn(contents)
+        return _DIGITS, _read_svhn(files)
     if name in ("cifar10", "cifar100"):
-        return _read_cifar(contents, "fine_" if name == "cifar100" else "")
+        return _read_cifar(files, "fine_" if name == "cifar100" else "")
     if name == "mnist":
-        return _DIGITS, tuple(map(_read_idx, contents))
-    classes = getattr(torchvision().datasets, _TORCHVISION[name]).classes
-    return classes, tuple(_read_idx(gzip.decompress(content)) for content in contents)
+        return _DIGITS, _read_idx(files)
+    return getattr(torchvision().datasets, _TORCHVISION[name]).classes, _read_idx(map(gzip.decompress, files))
 
 
-def _read_digits() -> tuple[Sequence[str], Arrays]:
+def _read_digits() -> Tensors:
     from sklearn.datasets import load_digits
 
-    sixteenths, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(sixteenths).float().view(-1, 1, 8, 8).div_(8).sub_(1)
-    return _DIGITS, (images[:-500], labels[:-500], images[-500:], labels[-500:])
+    sixteenths, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    images = sixteenths.float().view(-1, 1, 8, 8).div_(8).sub_(1)
+    return images[:-500], labels[:-500], images[-500:], labels[-500:]
 
 
-def _read_cifar(contents: Iterable[bytes], prefix: str) -> tuple[Sequence[str], Arrays]:
-    # A pickle can run code; these have the official checksums.
-    *train, test, meta = (pickle.loads(content, encoding="latin1") for content in contents)
-    images, test_images = (
-        np.concatenate([batch["data"] for batch in split]).reshape(-1, 3, 32, 32) for split in (train, [test])
-    )
-    labels = [label for batch in train for label in batch[f"{prefix}labels"]]
-    return meta[f"{prefix}label_names"], (
-        images,
-        np.array(labels),
-        test_images,
-        np.array(test[f"{prefix}labels"]),
-    )
+def _read_cifar(files: Iterable[bytes], prefix: str) -> tuple[Sequence[str], Tensors]:
+    # A pickle could run code; these have the official checksums.
+    *train, test, meta = (pickle.loads(content, encoding="latin1") for content in files)
+    tensors: list[Tensor] = []
+    for batches in (train, [test]):
+        pixels = np.concatenate([batch["data"] for batch in batches])
+        tensors.append(torch.from_numpy(pixels).view(-1, 3, 32, 32))
+        tensors.append(torch.tensor([label for batch in batches for label in batch[f"{prefix}labels"]]))
+    return meta[f"{prefix}label_names"], tuple(tensors)
 
 
-def _read_svhn(contents: Iterable[bytes]) -> Arrays:
+def _read_svhn(files: Iterable[bytes]) -> Tensors:
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
-    train, test = (loadmat(io.BytesIO(content)) for content in contents)
-    # X is (H, W, C, N); y says 10 for the digit 0.
-    images, test_images = (split["X"].transpose(3, 2, 0, 1) for split in (train, test))
-    labels, test_labels = (split["y"].reshape(-1).astype(np.int64) % 10 for split in (train, test))
-    return images, labels, test_images, test_labels
+    tensors: list[Tensor] = []
+    for content in files:
+        split = loadmat(io.BytesIO(content))
+        tensors.append(torch.from_numpy(split["X"]).permute(3, 2, 0, 1))  # from (H, W, C, N)
+        tensors.append(torch.from_numpy(split["y"]).flatten() % 10)  # the digit 0 has the label 10
+    return tuple(tensors)
 
 
-def _read_idx(content: bytes) -> np.ndarray:
+def _read_idx(files: Iterable[bytes]) -> Tensors:
     """Decode MNIST's format: two zero bytes, type, number of dimensions, big-endian sizes, then the bytes."""
-    sizes = np.frombuffer(content, ">i4", content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + sizes.nbytes).reshape(sizes)
+    tensors: list[Tensor] = []
+    for content in files:
+        sizes = np.frombuffer(content, ">i4", content[3], offset=4)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + sizes.nbytes)
+        tensors.append(values.view(-1, 1, *sizes[1:].tolist()) if len(sizes) > 1 else values)
+    return tuple(tensors)
 
 
-def _check_name(name: str) -> None:
-    if name not in NAMES:
-        near = "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, NAMES, 1))
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}{near}")
+def check_name(name: str, known: Collection[str]) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+
+    Raises:
+        ValueError: If the name is not among them; it says which one comes nearest.
+
+    Example:
+        >>> check_name("cifar11", ("cifar10", "mnist"))
+        Traceback (most recent call last):
+        ValueError: name must be one of cifar10, mnist, got 'cifar11' (did you mean cifar10?)
+    """
+    if name not in known:
+        near = "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, known, 1))
+        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}{near}")
 
 
 def _folder(given: str | os.PathLike[str] | None) -> Path:
-    return root() if given is None else Path(given)
+    return root() if given is None else Path(given).expanduser()

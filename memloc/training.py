@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -137,7 +137,7 @@ def _check_at_least(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
 
 
-def _check_one_of(name: str, value: object, choices: Iterable[str]) -> None:
+def _check_one_of(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -283,7 +283,7 @@ class _Loop:
     ) -> None:
         self.device = data.train.images.device
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.model = model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload] # torch's stub lacks it
         models.check_images(model, data.train.images, data.num_classes)
         self.forward = torch.compile(model) if settings.compile else model
         self.data, self.settings, self.loss, self.observers = data, settings, loss, observers
@@ -325,23 +325,31 @@ class _Loop:
             images = images.contiguous(memory_format=self.memory_format)
             yield Batch(images, train.labels[indices], train.noise_mask[indices], indices)
 
-    def epoch(self, epoch: int) -> dict[str, Any]:
-        """Train one epoch (none if it is 0), evaluate, and return the history's row."""
-        start = time.perf_counter()
-        if epoch > 0:
-            self.model.train()
-            steps = math.ceil(len(self.data.train) / self.settings.batch_size)
-            with seeded(self.settings.seed, "dropout", epoch):
-                for step, batch in enumerate(self.batches(epoch)):
-                    done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
-                    self.step(batch, learning_rate(self.settings, done))
+    def train_epoch(self, epoch: int) -> None:
+        """Take all the steps of an epoch, counted from 1."""
+        self.model.train()
+        steps = math.ceil(len(self.data.train) / self.settings.batch_size)
+        with seeded(self.settings.seed, "dropout", epoch):
+            for step, batch in enumerate(self.batches(epoch)):
+                done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
+                self.step(batch, learning_rate(self.settings, done))
+
+    def evaluate(self, epoch: int) -> dict[str, Any]:
+        """Evaluate the network after an epoch, tell the observers, and return what the history says of it."""
         evaluation = evaluate(
             self.model, self.data, precision=self.settings.precision, channels_last=self.settings.channels_last
         )
         for observer in self.observers:
             observer.after_epoch(epoch, self.model, evaluation)
         found = {f"{name}_accuracy": value for name, value in asdict(evaluation.accuracies).items()}
-        row = {"epoch": epoch, "loss": evaluation.loss, **found, "seconds": time.perf_counter() - start}
+        return {"epoch": epoch, "loss": evaluation.loss, **found}
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch (none if it is 0), evaluate, and return the history's row."""
+        start = time.perf_counter()
+        if epoch > 0:
+            self.train_epoch(epoch)
+        row = self.evaluate(epoch) | {"seconds": time.perf_counter() - start}
         return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
     def state(self) -> dict[str, Tensor]:

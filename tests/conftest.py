@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from memloc import datasets, labelnoise
+from memloc.datasets import Data
+
 torch.set_num_threads(1)
 
 
@@ -41,6 +44,12 @@ def global_generator_untouched() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+
+
+@pytest.fixture(scope="session")
+def tiny(device: torch.device) -> Data:
+    """64 digits of 8×8 pixels, a quarter of them with wrong labels, and 500 to test."""
+    return labelnoise.apply(datasets.load("digits", examples=64), "flip", 0.25, seed=0).to(device)
 
 
 @pytest.fixture(scope="session")

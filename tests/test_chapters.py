@@ -51,11 +51,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[SmallBook, Path]
     """A book, and its one chapter executed with epochs=3."""
     book = SmallBook(tmp_path_factory.mktemp("measured"))
     book.chapter("measure", MEASURE, parameters="epochs: int = 2  # passes\nseed: int = 0  # first seed")
-    return book, run(book, "measure", epochs=3)
+    return book, run(book, "measure", threads=3, epochs=3)
 
 
-def run(book: SmallBook, name: str, **values: object) -> Path:
-    return chapters.execute(chapters.get(book.root, name), values, root=book.root)
+def run(book: SmallBook, name: str, threads: int = 1, **values: object) -> Path:
+    return chapters.execute(chapters.get(book.root, name), values, root=book.root, threads=threads)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_are_injected_and_measured_with(measured):
     content = records.recorded(read(measured[1]))
-    assert content["metrics"] == {"epochs": 3, "accuracy": 0.5, "threads": 1}
+    assert content["metrics"] == {"epochs": 3, "accuracy": 0.5, "threads": 3}
 
 
 def test_only_what_differs_from_the_chapter_is_injected(measured):
@@ -141,7 +141,7 @@ def test_the_same_execution_gives_the_same_notebook(measured):
     book, executed = measured
     first = read(executed)
     executed.unlink()
-    again = read(run(book, "measure", epochs=3))
+    again = read(run(book, "measure", threads=3, epochs=3))
     for notebook in (first, again):
         del notebook["metadata"]["memloc"]["seconds"]
     assert again == first

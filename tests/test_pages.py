@@ -51,8 +51,14 @@ def test_a_chapter_is_a_page_with_a_kernel(small_book):
 
 
 def test_a_chapter_without_a_parameters_cell_has_none(small_book):
-    small_book.chapter("training", "# a comment, no title", parameters=None)
+    small_book.chapter("training", parameters=None)
     assert pages.find(small_book.root)["training"].parameters == {}
+
+
+def test_a_comment_in_a_cell_is_no_title(small_book):
+    cell = "```{code-cell} ipython3\n# a comment\n```\n"
+    small_book.write("training", f"{small_book.HEADER}{cell}# What is memorized?\n")
+    assert pages.find(small_book.root)["training"].title == "What is memorized?"
 
 
 def test_the_parameters_tag_is_found_in_a_yaml_block_among_other_options(small_book):

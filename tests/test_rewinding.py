@@ -1,0 +1,214 @@
+import pytest
+import torch
+from torch import nn
+
+from memloc import evaluation, models, vision
+from memloc.rewinding import BATCH_NORM, last_groups, rewind, rewind_sweep
+from memloc.training import Checkpoints, Settings, train
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """A network trained for six epochs, and its weights after each."""
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    checkpoints = Checkpoints()
+    train(model, tiny, Settings(epochs=6, batch_size=16, learning_rate=0.1), observers=[checkpoints])
+    return model, checkpoints.states
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
+
+
+@pytest.mark.parametrize("batch_norm", BATCH_NORM)
+def test_the_network_is_as_before_afterwards_to_the_bit(trained, tiny, batch_norm):
+    model, states = trained
+    before = weights(model)
+    with pytest.raises(KeyError), rewind(model, states[0], "conv1", batch_norm=batch_norm, images=tiny.train.images):
+        assert not same(before, model.state_dict())
+        raise KeyError
+    assert same(before, model.state_dict())
+    assert model.training
+
+
+def test_only_the_groups_parameters_change_and_they_are_the_checkpoints(trained):
+    model, states = trained
+    before = weights(model)
+    with rewind(model, states[2], "conv1"):
+        for name, value in model.state_dict().items():
+            expected = states[2][name] if name in models.layer_groups(model)["conv1"] else before[name]
+            assert torch.equal(value.cpu(), expected.cpu()), name
+
+
+def test_batch_norm_statistics_go_back_with_their_group_when_asked(trained):
+    model, states = trained
+    before = weights(model)
+    with rewind(model, states[2], "conv1", batch_norm="rewind"):
+        for name, value in model.state_dict().items():
+            expected = states[2][name] if name.startswith("conv1") else before[name]
+            assert torch.equal(value.cpu(), expected.cpu()), name
+
+
+def test_recalibrated_statistics_are_those_of_the_images_under_the_rewound_weights(trained, tiny):
+    model, states = trained
+    images = tiny.train.images[:32]
+    with rewind(model, states[1], "conv1", batch_norm="recalibrate", images=images, batch_size=16):
+        first = model.conv0[0](images)
+        means = torch.stack([half.mean((0, 2, 3)) for half in first.split(16)]).mean(0)
+        variances = torch.stack([half.var((0, 2, 3)) for half in first.split(16)]).mean(0)
+        torch.testing.assert_close(model.conv0[1].running_mean, means)
+        torch.testing.assert_close(model.conv0[1].running_var, variances)
+        assert torch.equal(model.conv1[0].weight.cpu(), states[1]["conv1.0.weight"])
+
+
+def test_all_groups_together_are_the_checkpoint(trained, tiny):
+    model, states = trained
+    other = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=9)
+    other.load_state_dict(states[1])
+    expected = evaluation.predict(other.to(tiny.train.images.device), tiny.train.images)
+    with rewind(model, states[1], models.layer_groups(model), batch_norm="rewind"):
+        assert torch.equal(evaluation.predict(model, tiny.train.images), expected)
+
+
+def test_last_groups_are_nested_from_the_output_on(trained):
+    assert last_groups(trained[0])["last 2"] == ["conv3", "linear"]
+    assert last_groups(trained[0])["last 5"] == list(models.layer_groups(trained[0]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "keywords", "message"),
+    [
+        ("conv9", {}, "groups must be among conv0, .*, got 'conv9'"),
+        ("conv1", {"batch_norm": "reset"}, "batch_norm must be one of keep, rewind, recalibrate, got 'reset'"),
+        ("conv1", {"batch_norm": "recalibrate"}, "batch_norm='recalibrate' needs images="),
+    ],
+)
+def test_wrong_arguments_are_refused(trained, groups, keywords, message):
+    model, states = trained
+    with pytest.raises(ValueError, match=message), rewind(model, states[0], groups, **keywords):
+        pass
+
+
+def test_a_checkpoint_of_another_network_is_refused(trained):
+    model, states = trained
+    with pytest.raises(ValueError, match=r"earlier must hold linear.weight of shape \(10, 16\), got nothing"):
+        rewind(model, {}, "linear").__enter__()
+    wrong = states[0] | {"linear.weight": torch.zeros(10, 3)}
+    with pytest.raises(ValueError, match=r"of shape \(10, 16\), got \(10, 3\)"):
+        rewind(model, wrong, "linear").__enter__()
+
+
+def by_hand(model, states, data, groups, batch_norm, calibration):
+    """The sweep as an explicit loop."""
+    rows = []
+    for names in groups.values():
+        for state in states.values():
+            images = data.train.images[:calibration]
+            with rewind(model, state, names, batch_norm=batch_norm, images=images, batch_size=16):
+                rows.append(evaluation.evaluate(model, data).accuracies)
+    return rows
+
+
+@pytest.mark.parametrize("batch_norm", BATCH_NORM)
+def test_the_sweep_agrees_with_an_explicit_loop(trained, tiny, batch_norm):
+    model, states = trained
+    before = weights(model)
+    sweep = rewind_sweep(model, states, tiny, batch_norm=batch_norm, calibration=40, batch_size=16)
+    groups = {name: [name] for name in models.layer_groups(model)}
+    assert [found for row in sweep.accuracies for found in row] == by_hand(model, states, tiny, groups, batch_norm, 40)
+    assert same(before, model.state_dict())
+    assert model.training
+
+
+@pytest.mark.parametrize("batch_norm", ["keep", "rewind", "recalibrate"])
+def test_rewinding_to_the_last_epoch_changes_nothing(trained, tiny, batch_norm):
+    model, states = trained
+    sweep = rewind_sweep(model, {6: states[6]}, tiny, batch_norm=batch_norm)
+    assert all(row == (sweep.final,) for row in sweep.accuracies)
+    assert (sweep.table().clean_lost == 0).all()
+    if batch_norm != "recalibrate":
+        assert sweep.final == evaluation.evaluate(model, tiny).accuracies
+
+
+def test_the_table_has_a_row_for_every_choice_and_epoch(trained, tiny):
+    model, states = trained
+    table = rewind_sweep(model, {0: states[0], 3: states[3]}, tiny, groups=last_groups(model)).table()
+    assert list(table.layer_group.unique()) == [f"last {k}" for k in range(1, 6)]
+    assert list(table.epoch.unique()) == [0, 3]
+    assert len(table) == 10
+    assert table.noisy_accuracy.between(0, 1).all()
+
+
+def test_a_sweep_without_checkpoints_is_refused(trained, tiny):
+    with pytest.raises(ValueError, match="checkpoints must hold at least one epoch"):
+        rewind_sweep(trained[0], {}, tiny)
+
+
+class Branching(nn.Module):
+    """Calls a layer twice, ties weights, writes in place, and reads a weight without a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 10)
+        self.tied = nn.Linear(4, 10)
+        self.tied.weight = self.head.weight
+        self.uncalled = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(x)))
+        y = self.twice(x)
+        y += self.twice(y)
+        z = (x + y).mean((2, 3)) * self.scale
+        z = z @ self.uncalled.weight
+        return self.head(z) + self.tied(z)
+
+
+def any_network(name):
+    if name == "branching":
+        return Branching()
+    if name == "mlp":
+        return models.mlp(64, width=8)
+    resnet = vision.torchvision().models.resnet18(num_classes=10)
+    resnet.conv1 = nn.Conv2d(1, 64, 3, bias=False)
+    return resnet
+
+
+@pytest.mark.parametrize("name", ["branching", "mlp", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_any_network_can_be_swept(tiny, name):
+    model, other = any_network(name), any_network(name)
+    model, other = model.to(tiny.train.images.device), other.to(tiny.train.images.device)
+    states, groups = {0: other.state_dict()}, {name: [name] for name in models.layer_groups(model)}
+    sweep = rewind_sweep(model, states, tiny, batch_norm="rewind", batch_size=64)
+    assert [row[0] for row in sweep.accuracies] == by_hand(model, states, tiny, groups, "rewind", 0)
+
+
+def test_what_lies_before_the_rewound_layer_is_computed_once_a_batch(tiny):
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    model, calls = model.to(tiny.train.images.device), []
+    model.conv0[0].register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    states = {0: {name: torch.rand_like(value.float()) for name, value in model.state_dict().items()}}
+    rewind_sweep(model, states, tiny, batch_size=64)
+    batches = 1 + 8  # of 64 training and 500 test examples
+    network_and_rewound_conv0, all_five_whole = 2, 5
+    assert len(calls) == batches * network_and_rewound_conv0 + all_five_whole
+
+
+def test_a_network_that_breaks_the_order_of_its_calls_is_swept_whole(tiny):
+    class ReadsAhead(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + self[-1].bias.sum())
+
+    model = ReadsAhead(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 10)).to(tiny.train.images.device)
+    states = {0: {name: 3 * value for name, value in model.state_dict().items()}}
+    sweep = rewind_sweep(model, states, tiny, batch_size=64)
+    groups = {name: [name] for name in models.layer_groups(model)}
+    assert [row[0] for row in sweep.accuracies] == by_hand(model, states, tiny, groups, "keep", 0)

@@ -1,0 +1,212 @@
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from memloc import runs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    epochs: int = 2
+
+
+def tensors(value):
+    return {"weight": torch.full((2, 3), float(value)), "count": torch.tensor(value)}
+
+
+def write(address="abc", epochs=2, wanted=(0, 2), finish=True):
+    writer = runs.Writer(address, Recipe(epochs))
+    assert writer.resume({"seen"}, set(wanted)) is None
+    for epoch in range(epochs + 1):
+        checkpoint = tensors(epoch) if epoch in wanted else None
+        writer.keep(
+            {"epoch": epoch, "loss": 1 / (epoch + 1), "seconds": 0.5}, tensors(10 + epoch), {"seen"}, checkpoint
+        )
+    return writer.finish({"seen": {"indices": torch.arange(3)}}, {"device": "cpu"}) if finish else writer
+
+
+def test_a_finished_run_gives_back_what_was_written():
+    write()
+    run = runs.find("abc", Recipe())
+    assert run.epochs == [0, 2]
+    assert torch.equal(run.checkpoint(2)["weight"], torch.full((2, 3), 2.0))
+    assert run.table("seen")["indices"].tolist() == [0, 1, 2]
+    assert run.tables == ["seen"]
+    assert list(run.history.loss) == [1, 1 / 2, 1 / 3]
+    assert run.provenance == {"device": "cpu", "seconds": 1.5}
+    assert run.recipe == Recipe()
+
+
+def test_a_finished_run_holds_data_only_and_nothing_temporary(own_run_store):
+    write()
+    names = {path.name for path in (own_run_store / "abc").iterdir()}
+    assert names == {
+        "recipe.json", "history.json", "done", "seen.safetensors", "epoch_000.safetensors", "epoch_002.safetensors",
+    }  # fmt: skip
+
+
+def test_tied_and_channels_last_weights_can_be_kept():
+    shared = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    writer = runs.Writer("tied", Recipe())
+    writer.resume(set(), {0})
+    writer.keep({"epoch": 0, "seconds": 0.0}, {}, set(), {"a": shared, "b": shared, "empty": torch.zeros(0)})
+    state = writer.finish({}, {}).checkpoint(0)
+    assert torch.equal(state["a"], shared)
+    assert torch.equal(state["b"], shared)
+
+
+def test_an_epoch_or_a_table_that_was_not_kept_is_refused_by_name():
+    run = write()
+    with pytest.raises(KeyError, match=r"epoch 1 of run abc was not kept, epochs \[0, 2\] were"):
+        run.checkpoint(1)
+    with pytest.raises(KeyError, match="run abc has no table 'forgotten'"):
+        run.table("forgotten")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_checkpoint_is_refused_with_the_command_that_helps(damage):
+    run = write()
+    path = run.folder / "epoch_002.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "altered":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(OSError, match=r"epoch_002\.safetensors is missing or damaged .*`memloc runs delete abc`"):
+        run.checkpoint(2)
+    assert torch.equal(run.checkpoint(0)["weight"], torch.zeros(2, 3))
+
+
+def test_a_damaged_list_of_files_is_refused(own_run_store):
+    write()
+    (own_run_store / "abc" / "done").write_text("{")
+    with pytest.raises(OSError, match="done is missing or damaged: run `memloc runs delete abc`"):
+        runs.find("abc", Recipe())
+
+
+def test_an_unfinished_run_is_not_found_but_taken_up():
+    write(finish=False)
+    assert runs.find("abc", Recipe()) is None
+    writer = runs.Writer("abc", Recipe())
+    state = writer.resume({"seen"}, {0, 2})
+    assert state["count"].item() == 12
+    assert [row["epoch"] for row in writer.rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("tables", "epochs"), [({"other"}, {0, 2}), ({"seen"}, {1})])
+def test_an_unfinished_run_without_what_is_wanted_starts_anew(own_run_store, tables, epochs):
+    write(finish=False)
+    assert runs.Writer("abc", Recipe()).resume(tables, epochs) is None
+    assert [path.name for path in (own_run_store / "abc.partial").iterdir()] == ["recipe.json"]
+
+
+def test_a_damaged_unfinished_run_is_refused_not_silently_dropped(own_run_store):
+    write(finish=False)
+    path = own_run_store / "abc.partial" / "resume_002.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(OSError, match="`memloc runs delete abc`"):
+        runs.Writer("abc", Recipe()).resume({"seen"}, {0})
+    runs.delete("abc")
+    assert runs.Writer("abc", Recipe()).resume({"seen"}, {0}) is None
+
+
+def test_a_kill_between_any_two_writes_leaves_the_last_epoch_whole(monkeypatch, own_run_store):
+    original, allowed = runs._write, [0]
+
+    def write_some(path, content):
+        if allowed[0] == 0:
+            raise KeyboardInterrupt
+        allowed[0] -= 1
+        original(path, content)
+
+    monkeypatch.setattr(runs, "_write", write_some)
+    seen = set()
+    for count in range(1, 16):
+        allowed[0] = count
+        try:
+            write()
+        except KeyboardInterrupt:
+            allowed[0] = 1
+            writer = runs.Writer("abc", Recipe())
+            state = writer.resume({"seen"}, {0, 2})
+            seen.add(None if state is None else state["count"].item())
+            assert state is None or state["count"].item() == 10 + writer.rows[-1]["epoch"]
+        allowed[0] = 100
+        if runs.listing():
+            runs.delete("abc")
+    assert seen == {None, 10, 11, 12}
+
+
+def test_a_newer_run_takes_the_place_of_an_older_one_at_the_same_address():
+    write(wanted=(0,))
+    assert write(wanted=(1, 2)).epochs == [1, 2]
+    assert runs.find("abc", Recipe()).epochs == [1, 2]
+
+
+def test_the_list_tells_whole_runs_from_unfinished_ones():
+    write("first")
+    write("second", epochs=4, finish=False)
+    second, first = runs.listing()
+    assert (first.address, first.is_whole, first.epochs_done, first.epochs) == ("first", True, 2, 2)
+    assert (second.address, second.is_whole, second.epochs_done, second.epochs) == ("second", False, 4, 4)
+    assert first.recipe == {"epochs": 2}
+    assert first.size_bytes > 100
+
+
+def test_the_list_of_an_empty_store_is_empty():
+    assert runs.listing() == []
+
+
+@pytest.mark.parametrize("address", ["nothing", "../abc", ".locks", "", "."])
+def test_only_a_run_can_be_deleted(own_run_store, address):
+    write()
+    with pytest.raises(KeyError, match="no run"):
+        runs.delete(address)
+    assert (own_run_store / "abc" / "done").exists()
+
+
+def test_deleting_removes_finished_and_unfinished_alike(own_run_store):
+    write()
+    write(finish=False)
+    runs.delete("abc")
+    assert [path.name for path in own_run_store.iterdir()] == [".locks"]
+
+
+class Trap:
+    """Makes a folder when a pickle of it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_planted_pickle_is_refused_and_never_run(tmp_path):
+    run, trap = write(), tmp_path / "trap"
+    content = pickle.dumps(Trap(trap))
+    (run.folder / "epoch_002.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match="damaged"):
+        run.checkpoint(2)
+
+    done = json.loads((run.folder / "done").read_text())  # an attacker would put the right hash beside it
+    done["files"]["epoch_002.safetensors"] = hashlib.sha256(content).hexdigest()
+    (run.folder / "done").write_text(json.dumps(done))
+    with pytest.raises(OSError, match="is not a safetensors file"):
+        runs.find("abc", Recipe()).checkpoint(2)
+    assert not trap.exists()
+
+
+def test_the_store_is_where_the_environment_says_else_in_the_platforms_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMLOC_RUNS", str(tmp_path))
+    assert runs.root() == tmp_path
+    monkeypatch.delenv("MEMLOC_RUNS")
+    assert runs.root().parts[-2:] == ("memloc", "runs")

@@ -1,0 +1,441 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from memloc import evaluation, labelnoise, models, runs, training
+from memloc.randomness import seeded
+from memloc.training import Recipe, Settings, fit, train
+
+QUICK = {"examples": 64, "epochs": 3, "batch_size": 24, "learning_rate": 0.1, "width": 4}
+
+
+def network(tiny, **keywords):
+    channels, size = tiny.train.images.shape[1:3]
+    return models.build("small_cnn", in_channels=channels, size=size, num_classes=10, width=4, seed=0, **keywords)
+
+
+def weights(model):
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The loop.
+
+
+def test_training_lowers_the_loss_and_the_history_has_a_row_for_every_epoch(tiny):
+    history = train(network(tiny), tiny, Settings(epochs=5, batch_size=16, learning_rate=0.1))
+    assert list(history.epoch) == [0, 1, 2, 3, 4, 5]
+    assert history.loss.iloc[-1] < 0.8 * history.loss.iloc[0]
+    assert set(history.columns) == {"epoch", "loss", "seconds"} | {
+        f"{name}_accuracy" for name in ("clean", "noisy", "restored", "test")
+    }
+
+
+def test_a_step_is_that_of_an_explicit_loop_with_torchs_optimizer(tiny):
+    settings = Settings(epochs=2, batch_size=24, learning_rate=0.1)
+    model, oracle = network(tiny), network(tiny).to(tiny.train.images.device)
+    train(model, tiny, settings)
+
+    optimizer = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    done = 0
+    for epoch in (1, 2):
+        order = torch.randperm(64, generator=training.generator(0, "order", epoch))
+        for indices in order.split(24):
+            optimizer.param_groups[0]["lr"] = training.learning_rate(settings, (done + 0.5) / 6)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(oracle(tiny.train.images[indices]), tiny.train.labels[indices]).backward()
+            optimizer.step()
+            done += 1
+    for name, value in weights(oracle).items():
+        torch.testing.assert_close(weights(model)[name], value, msg=name)
+
+
+@pytest.mark.usefixtures("global_generator_untouched")
+def test_a_training_depends_on_its_seed_alone(tiny):
+    a, b, c = network(tiny), network(tiny), network(tiny)
+    for model, seed in ((a, 0), (b, 0), (c, 1)):
+        train(model, tiny, Settings(epochs=1, batch_size=16, seed=seed))
+    assert same(weights(a), weights(b))
+    assert not same(weights(a), weights(c))
+
+
+@pytest.mark.usefixtures("global_generator_untouched")
+def test_a_networks_own_dropout_depends_on_the_seed_too(tiny):
+    def trained():
+        with seeded(0, "test"):
+            model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+        train(model, tiny, Settings(epochs=2, batch_size=64))
+        return weights(model)
+
+    assert same(trained(), trained())
+
+
+def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
+    cosine = [training.learning_rate(Settings(learning_rate=1), t) for t in (0, 0.05, 0.1, 0.325, 0.55, 1)]
+    assert cosine == pytest.approx([0, 0.5, 1, 0.8535534, 0.5, 0])
+    triangle = Settings(learning_rate=1, schedule="triangle", epochs=25)
+    assert [training.learning_rate(triangle, epoch / 25) for epoch in (0, 5, 10, 17.5, 25)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
+    short = Settings(learning_rate=1, schedule="triangle", epochs=5)
+    assert training.learning_rate(short, 0.4) == 1
+
+
+def test_frozen_layer_groups_do_not_move_and_can_be_trained_again_afterwards(tiny):
+    model = network(tiny)
+    before = weights(model)
+    train(model, tiny, Settings(epochs=1, batch_size=16, learning_rate=0.1), frozen=["conv1", "linear"])
+    moved = {name for name, _ in model.named_parameters() if not torch.equal(before[name], weights(model)[name])}
+    still = {name for group in ("conv1", "linear") for name in models.layer_groups(model)[group]}
+    assert moved == {name for name, _ in model.named_parameters()} - still
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_loss_of_ones_own_is_what_is_minimised(tiny):
+    def towards_class_three(logits, batch):
+        assert batch.images.shape[0] == len(batch.labels) == len(batch.indices) == len(batch.noise_mask)
+        return nn.functional.cross_entropy(logits, torch.full_like(batch.labels, 3), reduction="none")
+
+    model = network(tiny)
+    train(model, tiny, Settings(epochs=10, batch_size=16, learning_rate=0.1), loss=towards_class_three)
+    predicted = evaluation.predict(model, tiny.train.images).argmax(1)
+    assert (predicted == 3).all()
+
+
+class Nosy(training.Observer):
+    """Looks at everything and draws random numbers."""
+
+    name = "nosy"
+
+    def __init__(self):
+        self.seen, self.gradients = [], []
+
+    def before_backward(self, model, losses, batch):
+        torch.rand(3, generator=torch.Generator())
+        torch.autograd.grad(losses.sum(), list(model.parameters()), retain_graph=True)
+        self.seen += batch.indices.tolist()
+
+    def after_backward(self, model, batch):
+        self.gradients.append(sum(p.grad.norm().item() for p in model.parameters()))
+
+    def table(self):
+        return {"seen": torch.tensor(self.seen), "gradients": torch.tensor(self.gradients)}
+
+    def restore(self, table):
+        self.seen, self.gradients = table["seen"].tolist(), table["gradients"].tolist()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_observers_see_every_example_and_change_nothing(tiny, precision):
+    plain, watched, observer = network(tiny), network(tiny), Nosy()
+    settings = Settings(epochs=2, batch_size=24, precision=precision, channels_last=True)
+    train(plain, tiny, settings)
+    train(watched, tiny, settings, observers=[observer, training.Predictions(), training.Checkpoints()])
+    assert same(weights(plain), weights(watched))
+    assert sorted(observer.seen) == sorted(2 * list(range(64)))
+    assert len(observer.gradients) == 6
+    assert all(norm > 0 for norm in observer.gradients)
+
+
+def test_the_predictions_and_checkpoints_are_those_after_each_epoch(tiny):
+    model, predictions, checkpoints = network(tiny), training.Predictions(), training.Checkpoints([0, 2])
+    before = weights(model)
+    history = train(model, tiny, Settings(epochs=2), observers=[predictions, checkpoints])
+    table = predictions.table()["predictions"]
+    assert table.shape == (3, 64)
+    clean = ~tiny.train.noise_mask.cpu()
+    right = (table == tiny.train.labels.cpu())[:, clean].double().mean(1)
+    assert right.tolist() == pytest.approx(list(history.clean_accuracy))
+    assert list(checkpoints.states) == [0, 2]
+    assert same(checkpoints.states[0], before)
+    assert same(checkpoints.states[2], weights(model))
+
+
+@pytest.mark.parametrize("batch_size", [1, 63, 64, 1000])
+def test_any_batch_size_will_do(tiny, batch_size):
+    history = train(network(tiny), tiny, Settings(epochs=1, batch_size=batch_size))
+    assert history.loss.notna().all()
+
+
+def test_augmentation_changes_the_training_and_depends_on_the_seed(tiny):
+    models_ = [network(tiny) for _ in range(3)]
+    for model, augment in zip(models_, (True, True, False), strict=True):
+        train(model, tiny, Settings(epochs=1, augment=augment))
+    assert same(weights(models_[0]), weights(models_[1]))
+    assert not same(weights(models_[0]), weights(models_[2]))
+
+
+def test_a_training_is_compiled_by_choice_and_agrees_with_a_plain_one(tiny, monkeypatch):
+    compiled = []
+
+    def compiler(model):  # stands in for torch.compile, which takes half a minute here
+        compiled.append(model)
+        return lambda images: model(images)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    plain, other = network(tiny), network(tiny)
+    train(plain, tiny, Settings(epochs=1))
+    assert compiled == []
+    train(other, tiny, Settings(epochs=1, compile=True))
+    assert compiled == [other]
+    assert same(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": -1}, "epochs must be an integer ≥ 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer"),
+        ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number ≥ 0, got nan"),
+        ({"momentum": -0.1}, "momentum must be"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, triangle, got 'linear'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"dataset": "cifar11"}, "dataset must be one of digits, .*, got 'cifar11'"),
+        ({"noise": "salt"}, "noise must be one of flip, .*, got 'salt'"),
+        ({"noise_rate": 1.5}, "noise_rate must be a fraction from 0 to 1, got 1.5"),
+        ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
+        ({"width": 0}, "width must be an integer ≥ 1, got 0"),
+        ({"examples": True}, "examples must be an integer ≥ 1, got True"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**change)
+
+
+def test_an_unknown_or_complete_set_of_frozen_groups_is_refused(tiny):
+    model = network(tiny)
+    with pytest.raises(ValueError, match=r"frozen must be one of conv0, .*, got 'conv9'"):
+        train(model, tiny, Settings(epochs=1), frozen=["conv9"])
+    with pytest.raises(ValueError, match="frozen names every layer group"):
+        train(model, tiny, Settings(epochs=1), frozen=list(models.layer_groups(model)))
+
+
+def test_a_network_with_too_few_outputs_is_refused(tiny):
+    with pytest.raises(ValueError, match="must have an output for each of 10 classes, has 5"):
+        train(models.mlp(64, num_classes=5), tiny, Settings(epochs=1))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be one that this machine has, got 'gpu'"):
+        training.pick_device("gpu")
+    assert training.pick_device("auto").type in ("cpu", "cuda")
+
+
+# The same, kept in a run.
+
+
+def test_fit_trains_what_train_trains(tiny):
+    recipe = Recipe(**QUICK)
+    run = fit(recipe)
+    data = labelnoise.apply(training.datasets.load("digits", examples=64), "flip", 0.1, seed=0)
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    history = train(model, data, recipe)
+    assert same(run.checkpoint(3), weights(model))
+    assert same(weights(training.load_model(run)), weights(model))
+    pd.testing.assert_frame_equal(run.history.drop(columns="seconds"), history.drop(columns="seconds"))
+
+
+def test_a_whole_run_is_loaded_and_not_trained_again(monkeypatch):
+    first = fit(Recipe(**QUICK), observers=[training.Predictions()])
+    monkeypatch.delattr(training._Loop, "epoch")
+    observer = training.Predictions()
+    again = fit(Recipe(**QUICK), checkpoints=[0, 3], observers=[observer])
+    assert again == first
+    assert torch.equal(observer.table()["predictions"], first.table("predictions")["predictions"])
+
+
+def test_a_run_that_lacks_an_epoch_or_an_observer_is_trained_again_and_keeps_what_it_had():
+    recipe = Recipe(**QUICK)
+    few = fit(recipe, checkpoints=[1], observers=[training.Predictions()])
+    assert few.epochs == [1, 3]
+    before = few.checkpoint(1), few.table("predictions")
+    more = fit(recipe, checkpoints=[0], observers=[Nosy()])
+    assert more.epochs == [0, 1, 3]
+    assert set(more.tables) == {"predictions", "nosy"}
+    assert same(more.checkpoint(1), before[0])
+    assert same(more.table("predictions"), before[1])
+
+
+def test_what_decides_a_training_decides_its_address():
+    data = {"dataset": "mnist", "size": 16, "examples": 5, "noise": "permute", "noise_rate": 0.2}
+    network = {"model": "mlp", "width": 3}
+    optimizer = {"learning_rate": 0.5, "schedule": "triangle", "momentum": 0.5, "weight_decay": 0.0}
+    loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
+    numerics = {"precision": "bf16", "channels_last": True, "compile": True}
+    other = data | network | optimizer | loop | numerics
+    assert set(other) == {field.name for field in training.fields(Recipe)}
+    addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
+    assert len(addresses) == len(other) + 1
+
+
+def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):
+    before = Recipe().address
+    monkeypatch.setattr(training, "VERSION", training.VERSION + 1)
+    assert Recipe().address != before
+
+
+def test_checkpoints_outside_the_training_and_twins_among_observers_are_refused():
+    with pytest.raises(ValueError, match=r"checkpoints must be epochs from 0 to 3, got \[3, 4\]"):
+        fit(Recipe(**QUICK), checkpoints=[4])
+    with pytest.raises(ValueError, match="observers must have different names"):
+        fit(Recipe(**QUICK), observers=[Nosy(), Nosy()])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(monkeypatch, own_run_store, precision, last):
+    recipe = Recipe(**QUICK, precision=precision, augment=True)
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "whole"))
+    whole = fit(recipe, observers=[Nosy()])
+
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "interrupted"))
+    original = training._Loop.epoch
+
+    def stop_after(loop, epoch):
+        if epoch > last:
+            raise Interrupted
+        return original(loop, epoch)
+
+    monkeypatch.setattr(training._Loop, "epoch", stop_after)
+    if last < recipe.epochs:
+        with pytest.raises(Interrupted):
+            fit(recipe, observers=[Nosy()])
+        assert not (own_run_store / "interrupted" / recipe.address).exists()
+
+    trained = []
+    monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: trained.append(epoch) or original(loop, epoch))
+    resumed = fit(recipe, observers=[Nosy()])
+    assert trained == list(range(last + 1, 4)) if last < 3 else list(range(4))
+    assert all(same(whole.checkpoint(epoch), resumed.checkpoint(epoch)) for epoch in whole.epochs)
+    assert same(whole.table("nosy"), resumed.table("nosy"))
+    assert list(whole.history.loss) == list(resumed.history.loss)
+
+
+def test_an_interrupted_training_with_other_wishes_starts_anew(monkeypatch):
+    recipe, original = Recipe(**QUICK), training._Loop.epoch
+    monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: original(loop, epoch) if epoch < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(recipe, checkpoints=[])
+    trained = []
+    monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: trained.append(epoch) or original(loop, epoch))
+    assert fit(recipe, checkpoints=[1]).epochs == [1, 3]
+    assert trained == [0, 1, 2, 3]
+
+
+LONG = Recipe(epochs=60, examples=640, batch_size=32, learning_rate=0.1)
+
+
+def fit_long(store):
+    os.environ["MEMLOC_RUNS"] = str(store)
+    torch.set_num_threads(1)
+    fit(LONG, checkpoints=[30])
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start in no time, because torch is there already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memloc.training", "sklearn.datasets"])
+    return context
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_ten_random_moments_ends_with_the_same_bits(monkeypatch, own_run_store, processes):
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "whole"))
+    whole = fit(LONG, checkpoints=[30])
+
+    store = own_run_store / "killed"
+    monkeypatch.setenv("MEMLOC_RUNS", str(store))
+    history, moments, done = store / f"{LONG.address}.partial" / "history.json", random.Random(0), []
+    for _ in range(10):
+        seen = history.stat().st_mtime_ns if history.exists() else 0
+        process = processes.Process(target=fit_long, args=(store,))
+        process.start()
+        while process.is_alive() and (not history.exists() or history.stat().st_mtime_ns == seen):
+            time.sleep(0.01)  # until it has taken up the training
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the training ended before it was killed: make it longer"
+        done.append(len(json.loads(history.read_text())["rows"]))
+    assert done == sorted(done)
+    resumed = fit(LONG, checkpoints=[30])
+    assert same(whole.checkpoint(30), resumed.checkpoint(30))
+    assert same(whole.checkpoint(60), resumed.checkpoint(60))
+    assert [path.name for path in store.iterdir() if not path.name.startswith(".")] == [LONG.address]
+
+
+def fit_and_tell(store, told):
+    os.environ["MEMLOC_RUNS"] = str(store)
+    original = training._Loop.epoch
+    training._Loop.epoch = lambda loop, epoch: told.put(epoch) or original(loop, epoch)
+    fit(Recipe(**QUICK))
+
+
+@pytest.mark.slow
+def test_two_processes_that_ask_for_the_same_run_train_it_once(own_run_store, processes):
+    told = processes.Queue()
+    both = [processes.Process(target=fit_and_tell, args=(own_run_store, told)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [told.get() for _ in range(4)] == [0, 1, 2, 3]
+    assert told.empty()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_training_loses_nothing_that_was_kept(own_run_store, processes):
+    process = processes.Process(target=fit_long, args=(own_run_store,))
+    process.start()
+    while process.is_alive() and not list(own_run_store.glob("*/history.json")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode != 0
+    (info,) = runs.listing()
+    assert not info.is_whole
+    assert 0 <= info.epochs_done < 60
+    assert runs.Writer(LONG.address, LONG).resume(set(), {30, 60}) is not None
+
+
+GOLDEN = {
+    # A weighted sum of all weights after 20 steps. A change of these numbers is a change of what a recipe means:
+    # raise training.VERSION with it, so that no run of the old loop is taken for one of the new.
+    ("small_cnn", "flip"): -0.978,
+    ("small_cnn", "parity"): -3.323,
+    ("small_cnn", "permute"): -4.290,
+    ("mlp", "flip"): -1.834,
+    ("resnet9", "flip"): -1.214,
+}
+
+
+@pytest.mark.parametrize(("model", "noise"), GOLDEN)
+def test_a_recipe_still_means_what_it_meant_in_this_version(model, noise):
+    recipe = Recipe(
+        model=model, noise=noise, noise_rate=0.3, size=12, examples=500, batch_size=100, epochs=4, width=4,
+        learning_rate=0.1, augment=True, seed=3,
+    )  # fmt: skip
+    state = sorted(fit(recipe).checkpoint(4).items())
+    found = torch.cat([value.double().flatten() for name, value in state if value.ndim])
+    fingerprint = (found * torch.linspace(-1, 1, len(found), dtype=torch.float64)).sum().item()
+    assert training.VERSION == 1
+    assert fingerprint == pytest.approx(GOLDEN[model, noise], abs=0.02)
