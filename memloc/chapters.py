@@ -90,7 +90,7 @@ def results(name: str, root: Path | None = None) -> list[Result]:
 
     Args:
         name: The chapter's name.
-        root: The folder with ``_toc.yml``; by default :func:`project_root`.
+        root: The folder with ``_toc.yml``; by default :func:`memloc.pages.project_root`.
 
     Returns:
         One result per file of ``book/results/<name>``; none where there is no clone of the book, as on Colab.

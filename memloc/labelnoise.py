@@ -146,7 +146,7 @@ def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | 
             ``human-random3`` (one answer each), ``human-worse`` (a wrong answer wherever one was given).
         true_labels: The labels of CIFAR-10's training images, or of the first ``N`` of them. Int64, shape
             ``(N,)``.
-        root: The folder that holds the data sets; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
 
     Returns:
         The human labels of the same images; ``noise_mask`` marks those that differ from the true ones.
@@ -179,7 +179,7 @@ def apply(data: Data, kind: str, noise_rate: float, seed: int, root: str | os.Pa
         noise_rate: Share of labels to replace, 0 to 1. The human kinds bring their own rate and ignore it,
             and the seed.
         seed: Decides which labels are replaced, and by what.
-        root: The folder that holds the human labels; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the human labels; by default :func:`memloc.sources.root`.
 
     Returns:
         Data with the same images, true labels and test set.

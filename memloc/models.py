@@ -157,6 +157,7 @@ def mlp(in_features: int, num_classes: int = 10, width: int = 128) -> nn.Sequent
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn, "mlp": mlp, "resnet9": resnet9}
 NAMES = tuple(_BUILDERS)
+"""The networks that :func:`build` knows."""
 
 
 def build(

@@ -67,7 +67,7 @@ class Recipe(Settings):
     """All that decides a training: data, noise, network and settings. Its hash is the run's address.
 
     Attributes:
-        dataset: One of :data:`memloc.datasets.NAMES`.
+        dataset: One of :data:`memloc.sources.NAMES`.
         size: Height and width to which the images are resized; None leaves them.
         examples: The first so many training examples; None takes all.
         noise: One of :data:`memloc.labelnoise.KINDS`.

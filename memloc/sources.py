@@ -110,7 +110,7 @@ SOURCES: dict[str, Source] = {
 """Size, homepage, licence and citation of every data set, the human labels of CIFAR-10N included."""
 
 NAMES: tuple[str, ...] = ("digits", "mnist", "fashionmnist", "kmnist", "cifar10", "cifar100", "svhn")
-"""The data sets that :func:`load` knows."""
+"""The data sets that :func:`memloc.datasets.load` knows."""
 
 _TORCHVISION = {
     "mnist": "MNIST",

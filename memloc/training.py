@@ -449,7 +449,7 @@ def fit(
         return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
 
 
-def first_epoch(history: pd.DataFrame, accuracy: str, level: float) -> int | None:
+def first_epoch(history: pd.DataFrame, accuracy: str, level: float) -> int:
     """Find the first epoch at which an accuracy reaches a level.
 
     Args:
@@ -458,14 +458,14 @@ def first_epoch(history: pd.DataFrame, accuracy: str, level: float) -> int | Non
         level: A fraction from 0 to 1.
 
     Returns:
-        The epoch, or None if the level is never reached.
+        The epoch; one more than the last if the level is never reached.
 
     Example:
         >>> first_epoch(pd.DataFrame({"epoch": [0, 1, 2], "clean_accuracy": [0.1, 0.8, 0.95]}), "clean_accuracy", 0.9)
         2
     """
     reached = history.epoch[history[accuracy] >= level]
-    return None if reached.empty else int(reached.iloc[0])
+    return int(history.epoch.iloc[-1]) + 1 if reached.empty else int(reached.iloc[0])
 
 
 def learned_epoch(predictions: Tensor, labels: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_a_device_that_is_not_there_is_refused():
 # What the history says.
 
 
-def test_the_first_epoch_at_a_level_is_none_when_it_is_never_reached():
+def test_the_first_epoch_at_a_level_is_beyond_the_last_when_it_is_never_reached():
     history = pd.DataFrame({"epoch": [0, 1, 2, 3], "noisy_accuracy": [0.1, 0.5, 0.4, 0.6]})
     assert [training.first_epoch(history, "noisy_accuracy", level) for level in (0.05, 0.5, 0.6, 0.7)] == [
         0,
