@@ -348,7 +348,7 @@ def _read_cifar(files: Iterable[bytes], prefix: str) -> tuple[Sequence[str], Ten
 
 
 def _read_svhn(files: Iterable[bytes]) -> Tensors:
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     tensors: list[Tensor] = []
     for content in files:
