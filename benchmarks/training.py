@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from memloc import datasets, models, training, vision
 from memloc.randomness import generator
+from memloc.recipes import Settings
 
 EXAMPLES, BATCH, REPEATS = 10_240, 512, 5
-SETTINGS = training.Settings(epochs=1000, batch_size=BATCH, precision="bf16", channels_last=True)
+SETTINGS = Settings(epochs=1000, batch_size=BATCH, precision="bf16", channels_last=True)
 
 
 def cpu_seconds() -> float:

@@ -7,6 +7,7 @@ it is needed, so that ``--help``, ``list`` and every refusal come at once.
 import argparse
 import json
 import multiprocessing
+import os
 import shlex
 import shutil
 import signal
@@ -40,6 +41,10 @@ def main(words: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         status: int = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `memloc list | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("memloc: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,21 +25,21 @@ def epoch_line(address: str, history: dict[str, Any]) -> str:
 
     Args:
         address: The run's address.
-        history: Its ``history.json``: ``epochs``, and ``rows`` with ``epoch`` and ``seconds`` (of one epoch).
+        history: Its ``history.json``: ``epochs``, and ``rows`` with ``epoch`` and its ``seconds``. Row 0, before
+            training, does not count.
 
     Returns:
         One line; the time left is the median of the last five epochs times the epochs left.
 
     Example:
-        >>> rows = [{"epoch": 1, "seconds": 9.0}, {"epoch": 2, "seconds": 10.0}]
+        >>> rows = [{"epoch": epoch, "seconds": 10.0} for epoch in range(3)]
         >>> epoch_line("1a2b3c4d5e6f", {"epochs": 6, "rows": rows})
         'training 1a2b3c4d: epoch 2/6, about 40 s left'
     """
-    rows, epochs = history["rows"], history["epochs"]
-    seconds = sorted(row["seconds"] for row in rows[-5:])[len(rows[-5:]) // 2]
-    left_s = (epochs - rows[-1]["epoch"]) * seconds
+    epoch, epochs = history["rows"][-1]["epoch"], history["epochs"]
+    left_s = (epochs - epoch) * statistics.median(row["seconds"] for row in history["rows"][1:][-5:])
     amount = f"{left_s:.0f} s" if left_s < 120 else f"{left_s / 60:.0f} min"
-    return f"training {address[:8]}: epoch {rows[-1]['epoch']}/{epochs}, about {amount} left"
+    return f"training {address[:8]}: epoch {epoch}/{epochs}, about {amount} left"
 
 
 @contextmanager
@@ -72,7 +73,9 @@ def _watch(tell: Callable[[str], None], folder: Path, over: threading.Event) -> 
                 continue
             if changed > seen.get(_address(path), 0):
                 seen[_address(path)] = changed
-                tell(epoch_line(_address(path), json.loads(text)))
+                history = json.loads(text)
+                if len(history["rows"]) > 1:
+                    tell(epoch_line(_address(path), history))
 
 
 def _address(history: Path) -> str:

@@ -211,7 +211,8 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     """Download a data set through torchvision, unless it is complete already.
 
     The files arrive in a temporary folder beside their place, are compared with the official checksums and
-    only then moved, each in one step. After a failure or Ctrl-C nothing of the attempt is left.
+    only then moved, each in one step. After a failure or Ctrl-C nothing of the attempt is left but an empty
+    ``.lock``, by which two processes that want the same data do the work once.
 
     Args:
         name: A key of :data:`SOURCES`. CIFAR-10N must be fetched by hand; asking for it says how.
@@ -348,7 +349,7 @@ def _read_cifar(files: Iterable[bytes], prefix: str) -> tuple[Sequence[str], Ten
 
 
 def _read_svhn(files: Iterable[bytes]) -> Tensors:
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     tensors: list[Tensor] = []
     for content in files:

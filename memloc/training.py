@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from memloc import datasets, labelnoise, models, runs
 from memloc.datasets import Data
-from memloc.evaluation import PRECISIONS, Evaluation, autocast, evaluate
+from memloc.evaluation import Evaluation, autocast, evaluate
 from memloc.randomness import generator, seeded
+from memloc.recipes import VERSION, Recipe, Settings, check_one_of, learning_rate
 
 __all__ = [
-    "VERSION",
     "Batch",
     "Checkpoints",
     "Observer",
@@ -27,119 +27,14 @@ __all__ = [
     "Recipe",
     "Settings",
     "cross_entropy",
+    "first_epoch",
     "fit",
-    "learning_rate",
+    "learned_epoch",
     "load_model",
     "pick_device",
     "prepare",
     "train",
 ]
-
-VERSION = 1
-"""Part of every run's address: raised whenever the same recipe would give other weights."""
-
-SCHEDULES = ("cosine", "triangle")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a network is trained: stochastic gradient descent with momentum.
-
-    Attributes:
-        epochs: Passes over the training set.
-        batch_size: Examples a step; the last batch of an epoch may be smaller.
-        learning_rate: Its peak.
-        schedule: ``"cosine"`` (linear warm-up over the first tenth, then cosine to 0) or ``"triangle"`` (linear to
-            the peak over the first 10 epochs, or 40 % of a shorter training than 25, then linear to 0).
-        momentum: Of the optimiser.
-        weight_decay: Of the optimiser, on all parameters.
-        augment: Whether to crop and flip the training images.
-        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
-        channels_last: Whether to lay images and weights out as NHWC.
-        compile: Whether to compile the network.
-        seed: Seed of the order of the examples, the augmentation and the network's own dropout.
-
-    Raises:
-        ValueError: If a value is out of range; the message names it.
-
-    Source:
-        Maini et al. (2023), reference code: batch 512, momentum 0.9, weight decay 5e-4, both schedules.
-    """
-
-    epochs: int = 50
-    batch_size: int = 512
-    learning_rate: float = 0.01
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: bool = False
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_at_least("epochs", self.epochs, 0)
-        _check_at_least("batch_size", self.batch_size, 1)
-        _check_one_of("schedule", self.schedule, SCHEDULES)
-        _check_one_of("precision", self.precision, PRECISIONS)
-        for name in ("learning_rate", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe(Settings):
-    """All that decides a training: data, noise, network and settings. Its hash is the run's address.
-
-    Attributes:
-        dataset: One of :data:`memloc.sources.NAMES`.
-        size: Height and width to which the images are resized; None leaves them.
-        examples: The first so many training examples; None takes all.
-        noise: One of :data:`memloc.labelnoise.KINDS`.
-        noise_rate: Share of the training labels that are replaced.
-        model: One of :data:`memloc.models.NAMES`.
-        width: Scale of the network; None takes the network's own default.
-
-    Example:
-        >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
-        '...'
-    """
-
-    dataset: str = "digits"
-    size: int | None = None
-    examples: int | None = None
-    noise: str = "flip"
-    noise_rate: float = 0.1
-    model: str = "small_cnn"
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_one_of("dataset", self.dataset, datasets.NAMES)
-        _check_one_of("noise", self.noise, labelnoise.KINDS)
-        _check_one_of("model", self.model, models.NAMES)
-        for name in ("size", "examples", "width"):
-            if getattr(self, name) is not None:
-                _check_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.noise_rate <= 1:
-            raise ValueError(f"noise_rate must be a fraction from 0 to 1, got {self.noise_rate!r}")
-
-    @property
-    def address(self) -> str:
-        """The name under which :func:`fit` keeps the run."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return runs.address(chosen, VERSION)
-
-
-def _check_at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
-
-
-def _check_one_of(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -248,31 +143,6 @@ class Checkpoints(Observer):
         for key, value in table.items():
             epoch, _, name = key.partition(".")
             self.states.setdefault(int(epoch), {})[name] = value
-
-
-def learning_rate(settings: Settings, done: float) -> float:
-    """Compute the learning rate at a moment of a training.
-
-    Args:
-        settings: Peak, schedule and number of epochs.
-        done: Share of the training that is over, from 0 to 1. :func:`train` takes the middle of each step, so no
-            step has a rate of zero.
-
-    Returns:
-        The learning rate.
-
-    Source:
-        Maini et al. (2023), reference code.
-
-    Example:
-        >>> [round(learning_rate(Settings(learning_rate=0.1), done), 3) for done in (0, 0.05, 0.1, 0.55, 1)]
-        [0.0, 0.05, 0.1, 0.05, 0.0]
-    """
-    warm_up = 0.1 if settings.schedule == "cosine" else min(10 / settings.epochs, 0.4)
-    if done < warm_up:
-        return settings.learning_rate * done / warm_up
-    left = (1 - done) / (1 - warm_up)
-    return settings.learning_rate * (left if settings.schedule == "triangle" else (1 - math.cos(math.pi * left)) / 2)
 
 
 class _Loop:
@@ -435,7 +305,7 @@ def _freeze(model: nn.Module, frozen: Iterable[str]) -> Iterator[None]:
     groups = models.layer_groups(model)
     names = list(frozen)
     for name in names:
-        _check_one_of("frozen", name, groups)
+        check_one_of("frozen", name, groups)
     still = [model.get_parameter(name) for group in names for name in groups[group]]
     still = [parameter for parameter in still if parameter.requires_grad]
     for parameter in still:
@@ -577,3 +447,50 @@ def fit(
             writer.keep(row, loop.state(), set(watching), checkpoint)
         provenance = {"shape": shape, "version": VERSION, "torch": torch.__version__, "device": str(images.device)}
         return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
+
+
+def first_epoch(history: pd.DataFrame, accuracy: str, level: float) -> int:
+    """Find the first epoch at which an accuracy reaches a level.
+
+    Args:
+        history: As :func:`train` returns it.
+        accuracy: A column of it, e.g. ``"noisy_accuracy"``.
+        level: A fraction from 0 to 1.
+
+    Returns:
+        The epoch; one more than the last if the level is never reached.
+
+    Example:
+        >>> first_epoch(pd.DataFrame({"epoch": [0, 1, 2], "clean_accuracy": [0.1, 0.8, 0.95]}), "clean_accuracy", 0.9)
+        2
+    """
+    reached = history.epoch[history[accuracy] >= level]
+    return int(history.epoch.iloc[-1]) + 1 if reached.empty else int(reached.iloc[0])
+
+
+def learned_epoch(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Find the epoch from which each example is right until the end of the training.
+
+    Args:
+        predictions: Predicted class after each epoch, from 0 (:class:`Predictions`). Integer, shape ``(T + 1, N)``.
+        labels: What counts as right. Integer, shape ``(N,)``.
+
+    Returns:
+        The epoch; ``T + 1`` for an example that is wrong at the end. Int64, shape ``(N,)``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source:
+        Ours; the last epoch of Toneva et al. (2019)'s forgetting events, plus one.
+
+    Example:
+        >>> learned_epoch(torch.tensor([[1, 2, 0], [0, 2, 0], [1, 2, 1]]), torch.tensor([1, 2, 0]))
+        tensor([2, 0, 3])
+    """
+    if predictions.ndim != 2 or labels.shape != predictions.shape[1:]:
+        shapes = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"predictions and labels must have shapes (T + 1, N) and (N,), got {shapes}")
+    wrong = predictions != labels
+    epochs = torch.arange(1, len(wrong) + 1, device=wrong.device)
+    return (wrong * epochs[:, None]).amax(0)

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -94,6 +95,13 @@ def test_list_shows_each_parameter_with_type_default_and_meaning(book, memloc_sa
     assert rows[0].split()[:3] == ["dataset", "str", "digits"]
     assert rows[0].endswith("the images (digits, mnist, fashionmnist, kmnist, cifar10, cifar100, svhn)")
     assert rows[1].split() == ["epochs", "int", "2", "passes", "over", "the", "training", "set"]
+
+
+def test_a_reader_who_stops_reading_gets_no_complaint(book):
+    script = f"{shlex.join([*COMMAND, 'list'])} | true; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_list_shows_the_measured_time(book, memloc_says):
@@ -208,7 +216,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_training_in_a_chapter_is_followed_on_stderr(book, memloc_says, own_run_store, monkeypatch):
     monkeypatch.setattr(progress, "_INTERVAL_S", 0.05)
-    history = json.dumps({"epochs": 50, "rows": [{"epoch": 12, "seconds": 1.0}]})
+    history = json.dumps({"epochs": 50, "rows": [{"epoch": epoch, "seconds": 1.0} for epoch in range(13)]})
     book.chapter(
         "rewinding",
         "import pathlib, time, os\nfolder = pathlib.Path(os.environ['MEMLOC_RUNS']) / '1a2b3c4d5e.partial'\n"

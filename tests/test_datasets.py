@@ -114,8 +114,9 @@ def test_arrays_may_be_grey_strided_or_read_only(images, labels):
     read_only.flags.writeable = False
     data = datasets.from_arrays(grey, labels.astype(np.uint8), read_only, labels.astype(np.int32))
     assert data.train.images.shape == (6, 1, 5, 7)
-    assert data.train.images.is_contiguous()
     assert torch.equal(data.train.images, data.test.images)
+    strided = torch.from_numpy(images).transpose(2, 3)
+    assert datasets.from_arrays(strided, labels, strided, labels).train.images.is_contiguous()
 
 
 def test_classes_are_numbered_up_to_the_largest_label_unless_named(images, labels):
@@ -237,6 +238,12 @@ def test_every_shift_of_up_to_four_pixels_at_32_occurs_mirrored_and_not():
     found = set(zip(rows.tolist(), columns.tolist(), strict=True))
     assert found == {(row, column) for row in range(11, 20) for column in range(11, 21)}  # mirrored: 12 to 20
     assert 0.04 < (columns == 11).double().mean().item() < 0.07  # 1 in 18
+
+
+def test_half_of_the_images_are_mirrored():
+    images = torch.tensor([[[[1.0, 0.0]]]]).expand(10_000, -1, 1, -1)  # too small to be shifted
+    augmented = datasets.augment(images, torch.Generator().manual_seed(0))
+    assert 0.48 < augmented[:, 0, 0, 1].mean().item() < 0.52
 
 
 def test_augmenting_depends_on_the_generator_alone_and_leaves_its_input():

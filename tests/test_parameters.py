@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from memloc import datasets, evaluation, labelnoise, models, parameters, rewinding, training
+from memloc import datasets, evaluation, labelnoise, models, parameters, recipes, rewinding
 from memloc.parameters import PARAMETERS, ParameterError
 
 KNOWN = {"epochs": 20, "dataset": "digits", "noise_rate": 0.1, "examples": None, "augment": False}
@@ -118,7 +118,7 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
         ("dataset", datasets.NAMES),
         ("noise", labelnoise.KINDS),
         ("model", models.NAMES),
-        ("schedule", training.SCHEDULES),
+        ("schedule", recipes.SCHEDULES),
         ("precision", evaluation.PRECISIONS),
         ("batch_norm", rewinding.BATCH_NORM),
     ],
@@ -128,7 +128,7 @@ def test_the_choices_are_those_of_the_package(name, choices):
 
 
 def test_every_field_of_a_recipe_is_a_parameter_of_the_same_type():
-    types = typing.get_type_hints(training.Recipe)
-    for field in dataclasses.fields(training.Recipe):
+    types = typing.get_type_hints(recipes.Recipe)
+    for field in dataclasses.fields(recipes.Recipe):
         parameter = PARAMETERS[field.name]
         assert types[field.name] == (parameter.type | None if parameter.optional else parameter.type)

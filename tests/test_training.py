@@ -12,7 +12,8 @@ from torch import nn
 
 from memloc import evaluation, labelnoise, models, runs, training
 from memloc.randomness import seeded
-from memloc.training import Recipe, Settings, fit, train
+from memloc.recipes import VERSION, Recipe, Settings, learning_rate
+from memloc.training import fit, train
 
 QUICK = {"examples": 64, "epochs": 3, "batch_size": 24, "learning_rate": 0.1, "width": 4}
 
@@ -52,7 +53,7 @@ def test_a_step_is_that_of_an_explicit_loop_with_torchs_optimizer(tiny):
     for epoch in (1, 2):
         order = torch.randperm(64, generator=training.generator(0, "order", epoch))
         for indices in order.split(24):
-            optimizer.param_groups[0]["lr"] = training.learning_rate(settings, (done + 0.5) / 6)
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, (done + 0.5) / 6)
             optimizer.zero_grad()
             nn.functional.cross_entropy(oracle(tiny.train.images[indices]), tiny.train.labels[indices]).backward()
             optimizer.step()
@@ -79,17 +80,6 @@ def test_a_networks_own_dropout_depends_on_the_seed_too(tiny):
         return weights(model)
 
     assert same(trained(), trained())
-
-
-def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
-    cosine = [training.learning_rate(Settings(learning_rate=1), t) for t in (0, 0.05, 0.1, 0.325, 0.55, 1)]
-    assert cosine == pytest.approx([0, 0.5, 1, 0.8535534, 0.5, 0])
-    triangle = Settings(learning_rate=1, schedule="triangle", epochs=25)
-    assert [training.learning_rate(triangle, epoch / 25) for epoch in (0, 5, 10, 17.5, 25)] == pytest.approx(
-        [0, 0.5, 1, 0.5, 0]
-    )
-    short = Settings(learning_rate=1, schedule="triangle", epochs=5)
-    assert training.learning_rate(short, 0.4) == 1
 
 
 def test_frozen_layer_groups_do_not_move_and_can_be_trained_again_afterwards(tiny):
@@ -192,29 +182,6 @@ def test_a_training_is_compiled_by_choice_and_agrees_with_a_plain_one(tiny, monk
     assert same(weights(plain), weights(other))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epochs": -1}, "epochs must be an integer ≥ 0, got -1"),
-        ({"epochs": 1.5}, "epochs must be an integer"),
-        ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a finite number ≥ 0, got nan"),
-        ({"momentum": -0.1}, "momentum must be"),
-        ({"schedule": "linear"}, "schedule must be one of cosine, triangle, got 'linear'"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
-        ({"dataset": "cifar11"}, "dataset must be one of digits, .*, got 'cifar11'"),
-        ({"noise": "salt"}, "noise must be one of flip, .*, got 'salt'"),
-        ({"noise_rate": 1.5}, "noise_rate must be a fraction from 0 to 1, got 1.5"),
-        ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
-        ({"width": 0}, "width must be an integer ≥ 1, got 0"),
-        ({"examples": True}, "examples must be an integer ≥ 1, got True"),
-    ],
-)
-def test_a_value_out_of_range_is_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**change)
-
-
 def test_an_unknown_or_complete_set_of_frozen_groups_is_refused(tiny):
     model = network(tiny)
     with pytest.raises(ValueError, match=r"frozen must be one of conv0, .*, got 'conv9'"):
@@ -232,6 +199,33 @@ def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device must be one that this machine has, got 'gpu'"):
         training.pick_device("gpu")
     assert training.pick_device("auto").type in ("cpu", "cuda")
+
+
+# What the history says.
+
+
+def test_the_first_epoch_at_a_level_is_beyond_the_last_when_it_is_never_reached():
+    history = pd.DataFrame({"epoch": [0, 1, 2, 3], "noisy_accuracy": [0.1, 0.5, 0.4, 0.6]})
+    assert [training.first_epoch(history, "noisy_accuracy", level) for level in (0.05, 0.5, 0.6, 0.7)] == [
+        0,
+        1,
+        3,
+        None,
+    ]
+
+
+def test_learned_epochs_agree_with_a_look_at_each_example():
+    predictions = torch.randint(0, 2, (6, 50))
+    labels = torch.randint(0, 2, (50,))
+    for index, found in enumerate(training.learned_epoch(predictions, labels).tolist()):
+        right = (predictions[:, index] == labels[index]).tolist()
+        assert all(right[found:])
+        assert found == 0 or not right[found - 1]
+
+
+def test_learned_epochs_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(3,\)"):
+        training.learned_epoch(torch.zeros(3), torch.zeros(3))
 
 
 # The same, kept in a run.
@@ -267,24 +261,6 @@ def test_a_run_that_lacks_an_epoch_or_an_observer_is_trained_again_and_keeps_wha
     assert set(more.tables) == {"predictions", "nosy"}
     assert same(more.checkpoint(1), before[0])
     assert same(more.table("predictions"), before[1])
-
-
-def test_what_decides_a_training_decides_its_address():
-    data = {"dataset": "mnist", "size": 16, "examples": 5, "noise": "permute", "noise_rate": 0.2}
-    network = {"model": "mlp", "width": 3}
-    optimizer = {"learning_rate": 0.5, "schedule": "triangle", "momentum": 0.5, "weight_decay": 0.0}
-    loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
-    numerics = {"precision": "bf16", "channels_last": True, "compile": True}
-    other = data | network | optimizer | loop | numerics
-    assert set(other) == {field.name for field in training.fields(Recipe)}
-    addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
-    assert len(addresses) == len(other) + 1
-
-
-def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):
-    before = Recipe().address
-    monkeypatch.setattr(training, "VERSION", training.VERSION + 1)
-    assert Recipe().address != before
 
 
 def test_checkpoints_outside_the_training_and_twins_among_observers_are_refused():
@@ -437,5 +413,5 @@ def test_a_recipe_still_means_what_it_meant_in_this_version(model, noise):
     state = sorted(fit(recipe).checkpoint(4).items())
     found = torch.cat([value.double().flatten() for name, value in state if value.ndim])
     fingerprint = (found * torch.linspace(-1, 1, len(found), dtype=torch.float64)).sum().item()
-    assert training.VERSION == 1
+    assert VERSION == 1
     assert fingerprint == pytest.approx(GOLDEN[model, noise], abs=0.02)

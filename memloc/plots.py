@@ -1,0 +1,247 @@
+"""One function for each kind of figure: tables in, matplotlib axes out.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers, and each has a marker or line style of its own.
+Backgrounds are transparent and text is dark, so that a page can turn the figure for its dark mode.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from torch import Tensor
+
+__all__ = [
+    "accuracy_curves",
+    "accuracy_panels",
+    "gallery",
+    "learned_histogram",
+    "rewinding",
+    "set_style",
+    "treatment_panels",
+    "treatments",
+]
+
+_CURVES = {  # column: what the reader sees, colour, line, marker
+    "clean_accuracy": ("clean", "#009E73", "-", "o"),
+    "noisy_accuracy": ("noisy", "#D55E00", "--", "s"),
+    "restored_accuracy": ("noisy, true label", "#0072B2", "-.", "^"),
+    "test_accuracy": ("test", "#555555", ":", "D"),
+}
+_TREATMENTS = {  # treatment of batch-norm: colour, hatching
+    "keep": ("#D55E00", ""),
+    "rewind": ("#0072B2", "///"),
+    "recalibrate": ("#009E73", "..."),
+}
+
+
+def set_style() -> None:
+    """Let every figure of this process look like the book's: transparent, frameless, drawn as SVG."""
+    mpl.rcParams.update(
+        {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "savefig.format": "svg",
+            "figure.constrained_layout.use": True,
+            "figure.figsize": (6.4, 3.6),
+            "font.size": 10.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#000000",
+            "grid.alpha": 0.12,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 4.5,
+        }
+    )
+
+
+def accuracy_curves(curves: pd.DataFrame, axes: Axes | None = None) -> Axes:
+    """Draw accuracies over epochs: the mean over seeds, and the range from the lowest to the highest seed as a band.
+
+    Args:
+        curves: Histories of one or more seeds, one below the other, with a column ``seed``.
+        axes: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes.
+    """
+    axes = axes or plt.subplots()[1]
+    for column, (label, color, line, marker) in _CURVES.items():
+        by_epoch = curves.groupby("epoch")[column].agg(["mean", "min", "max"]).dropna()
+        every = max(1, len(by_epoch) // 10)
+        axes.plot(by_epoch.index, by_epoch["mean"], line, color=color, marker=marker, markevery=every, label=label)
+        axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="accuracy (fraction)", ylim=(-0.02, 1.02))
+    return axes
+
+
+def accuracy_panels(curves: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw :func:`accuracy_curves` of several runs side by side.
+
+    Args:
+        curves: Histories by the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(curves))
+    for each, table in zip(axes, curves.values(), strict=False):
+        accuracy_curves(table, each)
+    _legend_below(axes[0])
+    return axes
+
+
+def learned_histogram(clean: Tensor, noisy: Tensor, last_epoch: int) -> Axes:
+    """Draw the epochs from which clean and noisy examples are right until the end.
+
+    Args:
+        clean: :func:`memloc.training.learned_epoch` of the clean examples. Int64, shape ``(N,)``.
+        noisy: The same of the noisy ones.
+        last_epoch: T; examples beyond it were never learned.
+
+    Returns:
+        The axes.
+    """
+    axes = plt.subplots()[1]
+    bins = np.arange(last_epoch + 3) - 0.5
+    for column, epochs, hatch in (("clean_accuracy", clean, ""), ("noisy_accuracy", noisy, "///")):
+        label, color, _, _ = _CURVES[column]
+        weights = np.full(len(epochs), 1 / max(1, len(epochs)))
+        axes.hist(
+            epochs.cpu().numpy(), bins.tolist(), weights=weights, color=color, alpha=0.65, hatch=hatch,
+            edgecolor="white", linewidth=0.3, label=f"{label}, N = {len(epochs)}",
+        )  # fmt: skip
+    axes.set(xlabel="epoch from which the example is right until the end", ylabel="share of the examples (fraction)")
+    axes.legend()
+    return axes
+
+
+def gallery(images: Tensor, titles: Sequence[str], columns: int = 6) -> Sequence[Axes]:
+    """Draw images with a title each.
+
+    Args:
+        images: Scaled to −1 … 1, one or three channels. Shape ``(B, C, H, W)``.
+        titles: B short texts.
+        columns: Images in a row.
+
+    Returns:
+        The axes, one an image.
+    """
+    rows = max(1, -(-len(images) // columns))
+    figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.65 * rows), squeeze=False)
+    figure.set_facecolor("white")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    used = list(grid.flat)[: len(images)]
+    for axes, image, title in zip(used, images.cpu(), titles, strict=True):
+        pixels = (image.permute(1, 2, 0).numpy() * 0.5 + 0.5).clip(0, 1)
+        axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=8)
+    return used
+
+
+def rewinding(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw what rewinding each layer group to each epoch leaves of the accuracy on clean and on noisy examples.
+
+    Args:
+        table: Rows of :meth:`memloc.rewinding.Rewinding.table` under one treatment, with a column ``seed``.
+
+    Returns:
+        Two axes, clean and noisy: the mean over seeds by layer group, a line for each epoch (the later, the darker),
+        the range over seeds as a band.
+
+    Source:
+        Maini et al. (2023), the figure of layer rewinding.
+    """
+    groups, epochs = list(table.layer_group.unique()), sorted(table.epoch.unique())
+    axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.9))[1]
+    for each, column in zip(axes, ("clean_accuracy", "noisy_accuracy"), strict=True):
+        label, _, _, marker = _CURVES[column]
+        colors = mpl.colormaps["viridis_r"](np.linspace(0.12, 1, len(epochs)))
+        for epoch, color in zip(epochs, colors, strict=True):
+            rows = table[table.epoch == epoch].groupby("layer_group")[column].agg(["mean", "min", "max"]).loc[groups]
+            each.plot(groups, rows["mean"], color=color, marker=marker, label=str(epoch))
+            each.fill_between(groups, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
+        each.set(title=f"{label} examples", xlabel="layer group rewound", ylim=(-0.02, 1.02))
+        each.tick_params(axis="x", rotation=45)
+    axes[0].set_ylabel("accuracy (fraction)")
+    _legend_below(axes[0], title="rewound to epoch")
+    return list(axes)
+
+
+def treatments(table: pd.DataFrame, column: str = "noisy_lost", axes: Axes | None = None) -> Axes:
+    """Draw what each layer group loses under each treatment of the batch-norm statistics.
+
+    Args:
+        table: Rows of :meth:`memloc.rewinding.Rewinding.table` at one epoch a seed, with a column ``seed``.
+        column: What is lost, e.g. ``"noisy_lost"`` or ``"clean_lost"``.
+        axes: Where to draw; None makes a new figure with a legend.
+
+    Returns:
+        The axes: a bar for the mean over seeds, a dot for each seed.
+    """
+    alone = axes is None
+    axes = axes or plt.subplots()[1]
+    groups, found = list(table.layer_group.unique()), list(table.batch_norm.unique())
+    width = 0.8 / max(1, len(found))
+    for number, treatment in enumerate(found):
+        color, hatch = _TREATMENTS[treatment]
+        rows = table[table.batch_norm == treatment]
+        place = np.arange(len(groups)) + (number - (len(found) - 1) / 2) * width
+        means = rows.groupby("layer_group")[column].mean().loc[groups]
+        axes.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=treatment)
+        where = [place[groups.index(group)] for group in rows.layer_group]
+        axes.plot(where, rows[column], "o", color="black", markersize=2.5)
+    axes.set_xticks(range(len(groups)), groups, rotation=45)
+    axes.axhline(0, color="black", linewidth=0.8)
+    label = _CURVES[column.replace("_lost", "_accuracy")][0]
+    axes.set(xlabel="layer group rewound", ylabel=f"accuracy lost on\n{label} examples (fraction)")
+    if alone:
+        _legend_below(axes, title="batch-norm statistics")
+    return axes
+
+
+def treatment_panels(tables: Mapping[str, pd.DataFrame], column: str = "noisy_lost") -> Sequence[Axes]:
+    """Draw :func:`treatments` of several runs side by side.
+
+    Args:
+        tables: Tables by the title of the panel; none gives a panel that says so.
+        column: What is lost.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        treatments(table, column, each)
+    _legend_below(axes[0], title="batch-norm statistics")
+    return axes
+
+
+def _panels(titles: Sequence[str]) -> list[Axes]:
+    """Make one axes a title, two in a row; without titles, one that says that there is nothing."""
+    rows = max(1, -(-len(titles) // 2))
+    columns = min(2, max(1, len(titles)))
+    grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, sharey=True)[1]
+    axes = list(grid.flat)
+    for each, title in zip(axes, titles, strict=False):
+        each.set_title(title)
+    for empty in axes[len(titles) :]:
+        empty.set_axis_off()
+    if not titles:
+        axes[0].text(0.5, 0.5, "nothing recorded yet", ha="center", va="center", transform=axes[0].transAxes)
+    return axes
+
+
+def _legend_below(axes: Axes, title: str | None = None) -> None:
+    """Put one legend for a whole figure below it, if there is anything to tell."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.get_figure(root=True)
+    if handles and figure is not None:
+        figure.legend(handles, labels, title=title, ncols=min(len(labels), 6), loc="outside lower center")

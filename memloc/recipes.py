@@ -1,0 +1,141 @@
+"""What decides a training: data, noise, network and settings, and the address that follows from them."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+
+from memloc import datasets, labelnoise, models, runs
+from memloc.evaluation import PRECISIONS
+
+__all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
+
+VERSION = 1
+"""Part of every run's address: raised whenever the same recipe would give other weights."""
+
+SCHEDULES = ("cosine", "triangle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a network is trained: stochastic gradient descent with momentum.
+
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Examples a step; the last batch of an epoch may be smaller.
+        learning_rate: Its peak.
+        schedule: ``"cosine"`` (linear warm-up over the first tenth, then cosine to 0) or ``"triangle"`` (linear to
+            the peak over the first 10 epochs, or 40 % of a shorter training than 25, then linear to 0).
+        momentum: Of the optimiser.
+        weight_decay: Of the optimiser, on all parameters.
+        augment: Whether to crop and flip the training images.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"``.
+        channels_last: Whether to lay images and weights out as NHWC.
+        compile: Whether to compile the network.
+        seed: Seed of the order of the examples, the augmentation and the network's own dropout.
+
+    Raises:
+        ValueError: If a value is out of range; the message names it.
+
+    Source:
+        Maini et al. (2023), reference code: batch 512, momentum 0.9, weight decay 5e-4, both schedules.
+    """
+
+    epochs: int = 50
+    batch_size: int = 512
+    learning_rate: float = 0.01
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: bool = False
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least("epochs", self.epochs, 0)
+        _check_at_least("batch_size", self.batch_size, 1)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_one_of("precision", self.precision, PRECISIONS)
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """All that decides a training: data, noise, network and settings. Its hash is the run's address.
+
+    Attributes:
+        dataset: One of :data:`memloc.sources.NAMES`.
+        size: Height and width to which the images are resized; None leaves them.
+        examples: The first so many training examples; None takes all.
+        noise: One of :data:`memloc.labelnoise.KINDS`.
+        noise_rate: Share of the training labels that are replaced.
+        model: One of :data:`memloc.models.NAMES`.
+        width: Scale of the network; None takes the network's own default.
+
+    Example:
+        >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
+        '...'
+    """
+
+    dataset: str = "digits"
+    size: int | None = None
+    examples: int | None = None
+    noise: str = "flip"
+    noise_rate: float = 0.1
+    model: str = "small_cnn"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("dataset", self.dataset, datasets.NAMES)
+        check_one_of("noise", self.noise, labelnoise.KINDS)
+        check_one_of("model", self.model, models.NAMES)
+        for name in ("size", "examples", "width"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate must be a fraction from 0 to 1, got {self.noise_rate!r}")
+
+    @property
+    def address(self) -> str:
+        """The name under which :func:`fit` keeps the run."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return runs.address(chosen, VERSION)
+
+
+def _check_at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
+
+
+def check_one_of(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def learning_rate(settings: Settings, done: float) -> float:
+    """Compute the learning rate at a moment of a training.
+
+    Args:
+        settings: Peak, schedule and number of epochs.
+        done: Share of the training that is over, from 0 to 1. :func:`train` takes the middle of each step, so no
+            step has a rate of zero.
+
+    Returns:
+        The learning rate.
+
+    Source:
+        Maini et al. (2023), reference code.
+
+    Example:
+        >>> [round(learning_rate(Settings(learning_rate=0.1), done), 3) for done in (0, 0.05, 0.1, 0.55, 1)]
+        [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    warm_up = 0.1 if settings.schedule == "cosine" else min(10 / settings.epochs, 0.4)
+    if done < warm_up:
+        return settings.learning_rate * done / warm_up
+    left = (1 - done) / (1 - warm_up)
+    return settings.learning_rate * (left if settings.schedule == "triangle" else (1 - math.cos(math.pi * left)) / 2)

@@ -1,0 +1,58 @@
+from dataclasses import fields
+
+import pytest
+
+from memloc import recipes
+from memloc.recipes import Recipe, Settings
+
+
+def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
+    cosine = [recipes.learning_rate(Settings(learning_rate=1), t) for t in (0, 0.05, 0.1, 0.325, 0.55, 1)]
+    assert cosine == pytest.approx([0, 0.5, 1, 0.8535534, 0.5, 0])
+    triangle = Settings(learning_rate=1, schedule="triangle", epochs=25)
+    assert [recipes.learning_rate(triangle, epoch / 25) for epoch in (0, 5, 10, 17.5, 25)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
+    short = Settings(learning_rate=1, schedule="triangle", epochs=5)
+    assert recipes.learning_rate(short, 0.4) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": -1}, "epochs must be an integer ≥ 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer"),
+        ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number ≥ 0, got nan"),
+        ({"momentum": -0.1}, "momentum must be"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, triangle, got 'linear'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"dataset": "cifar11"}, "dataset must be one of digits, .*, got 'cifar11'"),
+        ({"noise": "salt"}, "noise must be one of flip, .*, got 'salt'"),
+        ({"noise_rate": 1.5}, "noise_rate must be a fraction from 0 to 1, got 1.5"),
+        ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
+        ({"width": 0}, "width must be an integer ≥ 1, got 0"),
+        ({"examples": True}, "examples must be an integer ≥ 1, got True"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**change)
+
+
+def test_what_decides_a_training_decides_its_address():
+    data = {"dataset": "mnist", "size": 16, "examples": 5, "noise": "permute", "noise_rate": 0.2}
+    network = {"model": "mlp", "width": 3}
+    optimizer = {"learning_rate": 0.5, "schedule": "triangle", "momentum": 0.5, "weight_decay": 0.0}
+    loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
+    numerics = {"precision": "bf16", "channels_last": True, "compile": True}
+    other = data | network | optimizer | loop | numerics
+    assert set(other) == {field.name for field in fields(Recipe)}
+    addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
+    assert len(addresses) == len(other) + 1
+
+
+def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):
+    before = Recipe().address
+    monkeypatch.setattr(recipes, "VERSION", recipes.VERSION + 1)
+    assert Recipe().address != before
