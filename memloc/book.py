@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -60,19 +59,27 @@ def build(root: Path, *, jobs: int = 2, progress: Callable[[str], None] | None =
     html = root / "_build" / "html"
     html.parent.mkdir(exist_ok=True)
     with FileLock(html.parent / "book.lock"):
-        executed = execute(root, jobs=jobs, progress=tell)
-        notebooks.write(root)
-        files = staging.stage(root, executed)
-        digest = _digest(files)
-        if _is_current(html, digest, chapters.pages(root)):
-            tell("book: nothing has changed")
-        else:
+        try:
+            _bring_up_to_date(root, html, jobs, tell)
+        except BookError:
             shutil.rmtree(html, ignore_errors=True)
-            rendered = _render(root, files)
-            (rendered / STAMP).write_text(digest)
-            rendered.replace(html)
-            tell("book: rendered")
+            raise
     return html / "index.html"
+
+
+def _bring_up_to_date(root: Path, html: Path, jobs: int, tell: Callable[[str], None]) -> None:
+    executed = execute(root, jobs=jobs, progress=tell)
+    notebooks.write(root)
+    files = staging.stage(root, executed)
+    digest = _digest(files)
+    if _is_current(html, digest, chapters.pages(root)):
+        tell("book: nothing has changed")
+        return
+    rendered = _render(root, files)
+    (rendered / STAMP).write_text(digest)
+    shutil.rmtree(html, ignore_errors=True)
+    rendered.replace(html)
+    tell("book: rendered")
 
 
 def execute(root: Path, *, jobs: int = 2, progress: Callable[[str], None] = lambda line: None) -> dict[str, Path]:
@@ -152,7 +159,6 @@ def _render(root: Path, files: Mapping[str, bytes]) -> Path:
         (tree / name).write_bytes(content)
     sphinx = subprocess.run(
         [sys.executable, "-c", _JUPYTER_BOOK, "build", tree, "--path-output", output, "-W", "-n", "--keep-going"],
-        env=os.environ | {"NO_COLOR": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -173,17 +179,15 @@ def _render(root: Path, files: Mapping[str, bytes]) -> Path:
 
 def _warnings(output: str, tree: Path) -> list[str]:
     """Sphinx's warnings, each with the source that its author edits."""
-    lines = [line.strip() for line in output.splitlines() if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    lines = [line.strip() for line in plain.splitlines() if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
     named = [line.replace(f"{tree}/", "").replace(f"{staging.PACKAGE.parent}/", "") for line in lines]
     return list(dict.fromkeys(re.sub(r"\.ipynb(?::(\d+))?", _place_in_source, line) for line in named))
 
 
 def _place_in_source(found: re.Match[str]) -> str:
     """The place in a MyST source that a place in its notebook stands for; myst-nb counts 10,000 lines a cell."""
-    if found[1] is None:
-        return ".md"
-    cell, line = divmod(int(found[1]), 10_000)
-    return f".md (cell {cell}, line {line})"
+    return f".md (cell {int(found[1]) // 10_000})" if found[1] else ".md"
 
 
 def missing(html: Path, pages: Iterable[str]) -> list[str]:

@@ -46,6 +46,7 @@ def write(root: Path, *, preset: str | None = None, folder: Path | None = None) 
         notebook = chapters.read_notebook(chapter.path)
         if preset:
             values = chapters.check(chapter, chapters.read_preset(root, name, preset))
+            notebook.metadata["papermill"] = {}  # papermill notes the values there
             notebook = parameterize_notebook(notebook, values)
         elif url:
             install = nbformat.v4.new_code_cell(_INSTALL.format(url=url), id="install", metadata={"tags": []})

@@ -109,7 +109,7 @@ def scoreboard(root: Path, executed: Mapping[str, Path]) -> str:
     """
     rows = []
     for name, chapter in chapters.find(root).items():
-        metrics = _recorded(executed[name])
+        metrics = recorded_metrics(executed[name])
         if "verdict" not in metrics:
             continue
         absent = [key for key in ("claim", "paper") if key not in metrics]
@@ -186,7 +186,15 @@ def modules(root: Path, executed: Mapping[str, Path]) -> str:
     return "\n\n".join([_table(["Module", "What it is for"], rows), *sections])
 
 
-def _recorded(notebook: Path) -> dict[str, Any]:
+def recorded_metrics(notebook: Path) -> dict[str, Any]:
+    """Read the metrics that a chapter recorded.
+
+    Args:
+        notebook: Its executed notebook.
+
+    Returns:
+        Numbers and words by name; none when it recorded nothing.
+    """
     found = records.recorded(json.loads(notebook.read_text()))
     return found["metrics"] if found else {}
 
