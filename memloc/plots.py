@@ -20,6 +20,7 @@ __all__ = [
     "learned_histogram",
     "rewinding",
     "set_style",
+    "treatment_bars",
     "treatment_panels",
     "treatments",
 ]
@@ -187,7 +188,7 @@ def treatments(table: pd.DataFrame) -> Sequence[Axes]:
     """
     axes = _panels(["noisy examples", "clean examples (control)"])
     for each, column in zip(axes, ("noisy_lost", "clean_lost"), strict=True):
-        _treatment_bars(table, column, each)
+        treatment_bars(table, column, each)
     _legend_below(axes[0], title="batch-norm statistics")
     return axes
 
@@ -203,12 +204,22 @@ def treatment_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
     """
     axes = _panels(list(tables))
     for each, table in zip(axes, tables.values(), strict=False):
-        _treatment_bars(table, "noisy_lost", each)
+        treatment_bars(table, "noisy_lost", each)
     _legend_below(axes[0], title="batch-norm statistics")
     return axes
 
 
-def _treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> None:
+def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
+    """Draw one panel of :func:`treatments`.
+
+    Args:
+        table: As :func:`treatments` takes it.
+        column: What is lost, e.g. ``"noisy_lost"``.
+        axes: Where to draw.
+
+    Returns:
+        The axes.
+    """
     groups, found = list(table.layer_group.unique()), list(table.batch_norm.unique())
     width = 0.8 / max(1, len(found))
     for number, treatment in enumerate(found):
@@ -223,6 +234,7 @@ def _treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("layer group rewound")
     axes.set_ylabel("accuracy lost (fraction)")
+    return axes
 
 
 def _panels(titles: Sequence[str]) -> list[Axes]:
