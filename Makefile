@@ -3,6 +3,7 @@
 # make check    the quick loop: lint, types, quick tests
 # make chapter C=rewinding             execute one chapter as written
 # make paper   C=rewinding F=cifar10   the same with a preset, and keep what it measured in book/results
+# make figure   draw the README's figure from book/results
 # make bench    the side-by-side timings
 # make setup    the environment .venv, which every other target makes when it is not there
 # make clean    remove what was built; the environment and the trainings stay
@@ -14,7 +15,7 @@ READY := .venv/.ready
 # One thread for each process: two processes side by side are faster than one with two threads.
 export OMP_NUM_THREADS = 1
 
-.PHONY: book test check lint chapter paper bench setup clean
+.PHONY: book test check lint chapter paper figure bench setup clean
 
 book: $(READY)
 	@$(BIN)/memloc build
@@ -36,6 +37,9 @@ chapter: $(READY)
 
 paper: $(READY)
 	@$(BIN)/memloc run $(or $(C),$(error say which: make paper C=NAME F=PRESET)) -f $(or $(F),$(error say F=PRESET)) --record
+
+figure: $(READY)
+	$(BIN)/python book/figure.py
 
 bench: $(READY)
 	@set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done

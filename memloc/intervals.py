@@ -25,9 +25,9 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        """Write it as a page shows it, e.g. ``0.951 ± 0.004 (n = 3)``."""
+        """Write it as a page shows it, e.g. ``0.951 ± 0.004``."""
         spread = "" if math.isnan(self.half_width) else f" ± {self.half_width:.3f}"
-        return f"{self.mean:.3f}{spread} (n = {self.n})"
+        return f"{self.mean:.3f}{spread}"
 
 
 def interval(values: Iterable[float]) -> Interval:
@@ -44,7 +44,7 @@ def interval(values: Iterable[float]) -> Interval:
 
     Example:
         >>> str(interval([0.95, 0.97, 0.96]))
-        '0.960 ± 0.025 (n = 3)'
+        '0.960 ± 0.025'
     """
     found = np.asarray(list(values), dtype=float)
     if not len(found):

@@ -20,6 +20,7 @@ __all__ = [
     "learned_histogram",
     "rewinding",
     "set_style",
+    "treatment_bars",
     "treatment_panels",
     "treatments",
 ]
@@ -134,7 +135,7 @@ def gallery(images: Tensor, titles: Sequence[str], columns: int = 6) -> Sequence
         The axes, one an image.
     """
     rows = max(1, -(-len(images) // columns))
-    figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.65 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.85 * rows), squeeze=False)
     figure.set_facecolor("white")
     for axes in grid.flat:
         axes.set_axis_off()
@@ -175,19 +176,50 @@ def rewinding(table: pd.DataFrame) -> Sequence[Axes]:
     return list(axes)
 
 
-def treatments(table: pd.DataFrame, column: str = "noisy_lost", axes: Axes | None = None) -> Axes:
-    """Draw what each layer group loses under each treatment of the batch-norm statistics.
+def treatments(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw what each layer group costs under each treatment of the batch-norm statistics.
 
     Args:
         table: Rows of :meth:`memloc.rewinding.Rewinding.table` at one epoch a seed, with a column ``seed``.
-        column: What is lost, e.g. ``"noisy_lost"`` or ``"clean_lost"``.
-        axes: Where to draw; None makes a new figure with a legend.
 
     Returns:
-        The axes: a bar for the mean over seeds, a dot for each seed.
+        Two axes with the same scale, accuracy lost on noisy and, as the control, on clean examples: a bar for the mean
+        over seeds, a dot for each seed.
     """
-    alone = axes is None
-    axes = axes or plt.subplots()[1]
+    axes = _panels(["noisy examples", "clean examples (control)"])
+    for each, column in zip(axes, ("noisy_lost", "clean_lost"), strict=True):
+        treatment_bars(table, column, each)
+    _legend_below(axes[0], title="batch-norm statistics")
+    return axes
+
+
+def treatment_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw the accuracy lost on noisy examples of several runs side by side.
+
+    Args:
+        tables: Tables as :func:`treatments` takes them, by the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        treatment_bars(table, "noisy_lost", each)
+    _legend_below(axes[0], title="batch-norm statistics")
+    return axes
+
+
+def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
+    """Draw one panel of :func:`treatments`.
+
+    Args:
+        table: As :func:`treatments` takes it.
+        column: What is lost, e.g. ``"noisy_lost"``.
+        axes: Where to draw.
+
+    Returns:
+        The axes.
+    """
     groups, found = list(table.layer_group.unique()), list(table.batch_norm.unique())
     width = 0.8 / max(1, len(found))
     for number, treatment in enumerate(found):
@@ -200,27 +232,8 @@ def treatments(table: pd.DataFrame, column: str = "noisy_lost", axes: Axes | Non
         axes.plot(where, rows[column], "o", color="black", markersize=2.5)
     axes.set_xticks(range(len(groups)), groups, rotation=45)
     axes.axhline(0, color="black", linewidth=0.8)
-    label = _CURVES[column.replace("_lost", "_accuracy")][0]
-    axes.set(xlabel="layer group rewound", ylabel=f"accuracy lost on\n{label} examples (fraction)")
-    if alone:
-        _legend_below(axes, title="batch-norm statistics")
-    return axes
-
-
-def treatment_panels(tables: Mapping[str, pd.DataFrame], column: str = "noisy_lost") -> Sequence[Axes]:
-    """Draw :func:`treatments` of several runs side by side.
-
-    Args:
-        tables: Tables by the title of the panel; none gives a panel that says so.
-        column: What is lost.
-
-    Returns:
-        The axes, one a run.
-    """
-    axes = _panels(list(tables))
-    for each, table in zip(axes, tables.values(), strict=False):
-        treatments(table, column, each)
-    _legend_below(axes[0], title="batch-norm statistics")
+    axes.set_xlabel("layer group rewound")
+    axes.set_ylabel("accuracy lost (fraction)")
     return axes
 
 
@@ -228,7 +241,7 @@ def _panels(titles: Sequence[str]) -> list[Axes]:
     """Make one axes a title, two in a row; without titles, one that says that there is nothing."""
     rows = max(1, -(-len(titles) // 2))
     columns = min(2, max(1, len(titles)))
-    grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, sharey=True)[1]
+    grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False, sharey=True)[1]
     axes = list(grid.flat)
     for each, title in zip(axes, titles, strict=False):
         each.set_title(title)

@@ -361,8 +361,9 @@ def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
     Raises:
         FileNotFoundError: If the data are not on this machine; the message has the command that gets them.
     """
-    data = datasets.load(recipe.dataset, size=recipe.size, examples=recipe.examples)
-    return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed).to(pick_device(str(device)))
+    target = pick_device(str(device))
+    data = datasets.load(recipe.dataset, size=recipe.size, examples=recipe.examples, device=target)
+    return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed)
 
 
 def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.device = "cpu") -> nn.Module:

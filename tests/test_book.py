@@ -380,13 +380,49 @@ def test_every_marker_of_the_pages_is_filled_in() -> None:
     assert set().union(*markers.values()) == known, markers
 
 
+VERDICTS = {"training": "holds", "rewinding": "partly"}  # of the chapters as written, on digits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_chapter_as_written_says_what_it_claims_and_warns_of_nothing(name: str) -> None:
     executed = chapters.execute(CHAPTERS[name], {}, root=ROOT)
     recorded = staging.recorded_metrics(executed)
-    assert {"claim", "paper", "verdict"} <= recorded.keys()
+    assert {"claim", "paper"} <= recorded.keys()
+    assert recorded["verdict"] == VERDICTS[name]
     assert chapters.stderr_of(executed) == ""
+
+
+RESULTS = sorted((ROOT / "book" / "results").glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recorded_result_comes_from_its_preset(path: Path) -> None:
+    result, chapter = json.loads(path.read_text()), CHAPTERS[path.parent.name]
+    preset = chapters.read_preset(ROOT, chapter.name, path.stem)
+    assert result["parameters"] == chapters.check(chapter, preset)
+    assert result["dataset"] in ("mnist", "cifar10")
+    assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "recorded with changes that were not committed"
+    assert len(result["recipes"]) == result["n_seeds"]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RESULTS if path.parent.name == "training"], ids=lambda path: path.stem
+)
+def test_the_recorded_networks_did_memorize(path: Path) -> None:
+    curves = next(result for result in chapters.results("training", ROOT) if result.preset == path.stem).tables[
+        "curves"
+    ]
+    final = curves[curves.epoch == curves.epoch.max()]
+    assert (final.clean_accuracy >= 0.99).all()
+    assert (final.noisy_accuracy >= 0.95).all()
+
+
+def test_every_preset_fits_its_chapter() -> None:
+    presets = sorted((ROOT / "book" / "presets").glob("*/*.yaml"))
+    assert {path.parent.name for path in presets if path.stem == "smallest"} == set(CHAPTERS)
+    for path in presets:
+        chapters.check(CHAPTERS[path.parent.name], chapters.read_preset(ROOT, path.parent.name, path.stem))
 
 
 def nbval(notebook: Path, folder: Path, option: str) -> None:

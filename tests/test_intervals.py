@@ -16,7 +16,7 @@ def test_the_interval_covers_the_truth_in_95_of_100_cases():
 def test_one_seed_has_no_interval_and_says_so():
     found = interval([0.5])
     assert math.isnan(found.half_width)
-    assert str(found) == "0.500 (n = 1)"
+    assert str(found) == "0.500"
 
 
 def test_no_seed_is_refused():

@@ -206,12 +206,8 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_the_first_epoch_at_a_level_is_beyond_the_last_when_it_is_never_reached():
     history = pd.DataFrame({"epoch": [0, 1, 2, 3], "noisy_accuracy": [0.1, 0.5, 0.4, 0.6]})
-    assert [training.first_epoch(history, "noisy_accuracy", level) for level in (0.05, 0.5, 0.6, 0.7)] == [
-        0,
-        1,
-        3,
-        None,
-    ]
+    levels = (0.05, 0.5, 0.6, 0.7)
+    assert [training.first_epoch(history, "noisy_accuracy", level) for level in levels] == [0, 1, 3, 4]
 
 
 def test_learned_epochs_agree_with_a_look_at_each_example():

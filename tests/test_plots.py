@@ -1,0 +1,121 @@
+import io
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+from memloc import plots
+
+mpl.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def own_style():
+    with mpl.rc_context():
+        plots.set_style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def curves():
+    rows = [
+        {"epoch": epoch, "seed": seed, "clean_accuracy": 0.1 * epoch + 0.02 * seed, "noisy_accuracy": 0.05 * epoch,
+         "restored_accuracy": 0.3, "test_accuracy": 0.4}
+        for epoch in range(6) for seed in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def rewound():
+    rows = [
+        {"batch_norm": batch_norm, "layer_group": group, "epoch": epoch, "seed": seed,
+         "clean_accuracy": 0.9, "noisy_accuracy": 0.1 * epoch, "noisy_lost": 0.2 + 0.1 * seed, "clean_lost": 0.0}
+        for batch_norm in ("keep", "rewind", "recalibrate")
+        for group in ("stem", "body", "head") for epoch in (0, 5) for seed in range(2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def drawn(axes):
+    """The bytes of the figure: it can be drawn without a warning."""
+    file = io.BytesIO()
+    axes.figure.savefig(file)
+    return file.getvalue()
+
+
+def test_curves_are_means_over_seeds_with_the_range_as_a_band(curves):
+    axes = plots.accuracy_curves(curves)
+    clean = axes.get_lines()[0]
+    assert clean.get_label() == "clean"
+    assert list(clean.get_ydata()) == pytest.approx([0.1 * epoch + 0.02 for epoch in range(6)])
+    band = axes.collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((0, 0.54))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "accuracy (fraction)")
+
+
+def test_no_two_curves_share_a_colour_a_line_style_or_a_marker(curves):
+    lines = plots.accuracy_curves(curves).get_lines()
+    for looks in ("get_color", "get_linestyle", "get_marker"):
+        assert len({getattr(line, looks)() for line in lines}) == 4
+
+
+def test_an_accuracy_that_does_not_exist_leaves_its_curve_empty(curves):
+    axes = plots.accuracy_curves(curves.assign(noisy_accuracy=float("nan")))
+    assert [len(line.get_xdata()) for line in axes.get_lines()] == [6, 0, 6, 6]
+    assert drawn(axes)
+
+
+def test_panels_have_a_title_each_and_one_legend(curves):
+    axes = plots.accuracy_panels({"mnist": curves, "cifar10": curves, "svhn": curves})
+    assert [each.get_title() for each in axes[:3]] == ["mnist", "cifar10", "svhn"]
+    assert len(axes[0].figure.legends) == 1
+    assert drawn(axes[0])
+
+
+@pytest.mark.parametrize("panels", [plots.accuracy_panels, plots.treatment_panels])
+def test_without_results_a_figure_says_so(panels):
+    (axes,) = panels({})
+    assert axes.texts[0].get_text() == "nothing recorded yet"
+    assert drawn(axes)
+
+
+def test_the_histogram_shows_shares_of_each_kind():
+    axes = plots.learned_histogram(torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]), last_epoch=3)
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert heights == [[0.25, 0.5, 0.25, 0, 0], [0, 0, 0, 0.5, 0.5]]
+
+
+def test_the_gallery_shows_every_image_once_in_its_colours():
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
+    axes = plots.gallery(images, ["black", "grey", "white"], columns=2)
+    assert [each.get_title() for each in axes] == ["black", "grey", "white"]
+    assert [each.get_images()[0].get_array().mean() for each in axes] == pytest.approx([0, 0.5, 1])
+    assert plots.gallery(images[:0], []) == []
+    assert drawn(plots.gallery(images[:1, :1], ["one channel"])[0])
+
+
+def test_rewinding_has_a_line_for_every_epoch_and_the_groups_in_their_order(rewound):
+    clean, noisy = plots.rewinding(rewound[rewound.batch_norm == "keep"])
+    assert [line.get_label() for line in noisy.get_lines()] == ["0", "5"]
+    assert [list(line.get_ydata()) for line in noisy.get_lines()] == [[0, 0, 0], [0.5, 0.5, 0.5]]
+    assert [label.get_text() for label in clean.get_xticklabels()] == ["stem", "body", "head"]
+    assert drawn(clean)
+
+
+def test_treatments_are_bars_of_means_with_a_dot_for_every_seed(rewound):
+    noisy, clean = plots.treatments(rewound[rewound.epoch == 5])
+    assert [container.get_label() for container in noisy.containers] == ["keep", "rewind", "recalibrate"]
+    assert [bar.get_height() for bar in noisy.containers[0]] == pytest.approx([0.25] * 3)
+    assert sorted(noisy.get_lines()[0].get_ydata()) == pytest.approx([0.2] * 3 + [0.3] * 3)
+    assert noisy.get_ylim() == clean.get_ylim()
+    assert drawn(noisy)
+
+
+def test_the_style_is_transparent_and_drawn_as_svg(curves):
+    content = drawn(plots.accuracy_curves(curves))
+    assert content.startswith(b"<?xml")
+    assert mpl.rcParams["figure.facecolor"] == mpl.rcParams["axes.facecolor"] == "none"
