@@ -172,8 +172,8 @@ def _render(root: Path, files: Mapping[str, bytes]) -> Path:
     if problems:
         raise BookError(_headline(problems, "problems in the book"), problems)
     _prune_mathjax(html / "_static" / "mathjax")
-    index = html / "index.html"  # sends the reader on; without an icon the browser asks the server for one
-    index.write_text(f'<link rel="icon" href="_static/favicon.svg">\n{index.read_text()}')
+    index = html / "index.html"  # sends the reader on; without an (empty) icon the browser asks the server for one
+    index.write_text(f'<link rel="icon" href="data:,">\n{index.read_text()}')
     for path in html.glob("_sources/**/*.ipynb"):
         path.write_text(json.dumps(notebooks.readable(json.loads(path.read_text())), indent=1))
     return html
