@@ -17,7 +17,8 @@ def test_the_example_in_the_readme_runs_as_it_stands():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "noisy_accuracy" in done.stdout
+    assert re.search(r"^0 +0 +0\.\d+ +0\.\d+\n", done.stdout, re.MULTILINE), "the history begins with epoch 0"
+    assert re.search(r"^0 +0 +-?\d", done.stdout, re.MULTILINE), "layer group 0 is the first row"
 
 
 def test_every_command_in_the_readme_names_a_chapter_a_preset_and_parameters_that_exist():
