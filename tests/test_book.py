@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import SmallBook
@@ -257,6 +260,35 @@ def test_every_failing_chapter_is_named_with_its_traceback(project: SmallBook) -
     assert "KeyError" in "".join(caught.value.details)
 
 
+@pytest.mark.slow
+def test_an_interrupted_build_ends_its_kernels(small_book: SmallBook) -> None:
+    waiting = "import os, pathlib, time\npathlib.Path(f'kernel-{os.getpid()}').touch()\ntime.sleep(100)"
+    for name in ("training", "rewinding"):
+        small_book.chapter(name, waiting)
+    command = [sys.executable, "-c", "import sys; from memloc.cli import main; sys.exit(main(['build']))"]
+    build = subprocess.Popen(command, cwd=small_book.root, start_new_session=True, stderr=subprocess.DEVNULL)
+    until(lambda: len(kernels(small_book)) == 2)
+    os.killpg(build.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    assert build.wait(timeout=30) == 130
+    until(lambda: not any(is_alive(kernel) for kernel in kernels(small_book)))
+    assert list((small_book.root / "_build" / "executed").glob("*[0-9a-f].ipynb")) == []
+
+
+def kernels(project: SmallBook) -> list[int]:
+    return [int(path.name.partition("-")[2]) for path in project.root.glob("kernel-*")]
+
+
+def is_alive(process: int) -> bool:
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.1)
+
+
 def test_a_page_that_is_not_there_is_named(small_book: SmallBook) -> None:
     small_book.write("nothing", "").unlink()
     with pytest.raises(chapters.ProjectError, match=r"book/nothing\.md is in _toc\.yml"):
@@ -494,7 +526,9 @@ def test_a_python_that_does_not_serve_is_refused_in_one_line(tmp_path: Path, pyt
     fake = tmp_path / "python"
     fake.write_text(python)
     fake.chmod(0o755)
-    done = subprocess.run(["make", "book", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "book", f"PYTHON={fake}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said, make = done.stderr.splitlines()
     assert message in said
     assert re.match(r"make(\[\d+\])?: ", make)
