@@ -164,7 +164,7 @@ def rewinding(table: pd.DataFrame) -> Sequence[Axes]:
     axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.9))[1]
     for each, column in zip(axes, ("clean_accuracy", "noisy_accuracy"), strict=True):
         label, _, _, marker = _CURVES[column]
-        colors = mpl.colormaps["viridis_r"](np.linspace(0.12, 1, len(epochs)))
+        colors = mpl.colormaps["viridis_r"](np.linspace(0.3, 1, len(epochs)))
         for epoch, color in zip(epochs, colors, strict=True):
             rows = table[table.epoch == epoch].groupby("layer_group")[column].agg(["mean", "min", "max"]).loc[groups]
             each.plot(groups, rows["mean"], color=color, marker=marker, label=str(epoch))

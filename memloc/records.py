@@ -1,6 +1,7 @@
 """What a chapter measured: shown on its page, carried by its executed notebook, kept as JSON."""
 
 import base64
+import copy
 import dataclasses
 import hashlib
 import io
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 VERDICTS = ("holds", "partly", "does not hold")
 
-_PREFIX = "application/papermill.record/"  # myst-nb's: an output that is hidden until the text asks for it
+HIDDEN = "application/papermill.record/"  # myst-nb's: an output that is hidden until the text asks for it
 _RECORD = "record"
 _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -45,7 +46,8 @@ class Training(Protocol):
 def glue(key: str, value: object) -> None:
     """Give a value a name by which the text of the chapter shows it: ``{glue:text}`key```.
 
-    The output is that of ``myst_nb.glue(key, value, display=False)``, without myst_nb. A matplotlib figure is
+    The output is that of ``myst_nb.glue(key, value, display=False)``, without myst_nb; that of a figure is shown under
+    its cell as well, for who runs the notebook (the book shows it once, where the text asks for it). A figure is
     drawn in the format ``matplotlib.rcParams["savefig.format"]`` (png or svg), the same bytes each time, and
     then closed. Outside a notebook kernel nothing is shown.
 
@@ -66,12 +68,11 @@ def glue(key: str, value: object) -> None:
     is_figure = "matplotlib.figure" in sys.modules and isinstance(value, sys.modules["matplotlib.figure"].Figure)
     if _in_a_kernel():
         if is_figure:
-            bundle, metadata = _drawn(value, key), {}
+            _publish(key, _drawn(value, key), {}, prefix="")
         else:
             from IPython.core.formatters import format_display_data
 
-            bundle, metadata = format_display_data(value)
-        _publish(key, bundle, metadata)
+            _publish(key, *format_display_data(value))
     if is_figure:
         sys.modules["matplotlib.pyplot"].close(value)
 
@@ -81,11 +82,11 @@ def _in_a_kernel() -> bool:
     return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
 
 
-def _publish(key: str, bundle: dict[str, Any], metadata: dict[str, Any]) -> None:
+def _publish(key: str, bundle: dict[str, Any], metadata: dict[str, Any], prefix: str = HIDDEN) -> None:
     from IPython.display import display
 
-    metadata["scrapbook"] = {"name": key, "mime_prefix": _PREFIX}
-    display({_PREFIX + mime: content for mime, content in bundle.items()}, raw=True, metadata=metadata)
+    metadata["scrapbook"] = {"name": key, "mime_prefix": prefix}
+    display({prefix + mime: content for mime, content in bundle.items()}, raw=True, metadata=metadata)
 
 
 def _drawn(figure: Any, key: str) -> dict[str, str]:
@@ -198,9 +199,28 @@ def recorded(notebook: Mapping[str, Any]) -> dict[str, Any] | None:
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             if output.get("metadata", {}).get("scrapbook", {}).get("name") == _RECORD:
-                payload: dict[str, Any] = json.loads("".join(output["data"][_PREFIX + "application/json"]))
+                payload: dict[str, Any] = json.loads("".join(output["data"][HIDDEN + "application/json"]))
                 return payload
     return None
+
+
+def hide_glued(notebook: Mapping[str, Any]) -> dict[str, Any]:
+    """Hide the figures of an executed chapter under their cells, because its page shows them where the text asks.
+
+    Args:
+        notebook: The executed notebook as JSON.
+
+    Returns:
+        A copy in which every glued output is hidden as :func:`glue` hides numbers.
+    """
+    hidden = copy.deepcopy(dict(notebook))
+    for cell in hidden["cells"]:
+        for output in cell.get("outputs", []):
+            glued = output.get("metadata", {}).get("scrapbook")
+            if glued and not glued["mime_prefix"]:
+                glued["mime_prefix"] = HIDDEN
+                output["data"] = {HIDDEN + mime: content for mime, content in output["data"].items()}
+    return hidden
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,12 +46,12 @@ def stage(root: Path, executed: Mapping[str, Path]) -> dict[str, bytes]:
         BookError: If ``repository.url`` is not an address on GitHub, or a chapter's record cannot be shown.
     """
     found = chapters.find(root)
-    notebook_of = {found[name].path: notebook for name, notebook in executed.items()}
+    notebook_of = {found[name].path: _for_sphinx(notebook) for name, notebook in executed.items()}
     links = re.compile(rf"\]\(({'|'.join(map(re.escape, found))})\.md\b")
     files = {"_toc.yml": (root / "_toc.yml").read_bytes(), "_config.yml": _config(root)}
     for page in chapters.pages(root):
         source = root / f"{page}.md"
-        text = notebook_of.get(source, source).read_text()
+        text = notebook_of[source] if source in notebook_of else source.read_text()
         for marker, table in (("scoreboard", scoreboard), ("status", status), ("modules", modules)):
             if f"<!-- {marker} -->" in text:
                 text = text.replace(f"<!-- {marker} -->", table(root, executed))
@@ -61,6 +61,10 @@ def stage(root: Path, executed: Mapping[str, Path]) -> dict[str, bytes]:
         if path.is_file():
             files[path.relative_to(root).as_posix()] = path.read_bytes()
     return files
+
+
+def _for_sphinx(notebook: Path) -> str:
+    return json.dumps(records.hide_glued(json.loads(notebook.read_text())))
 
 
 def repository(root: Path) -> str:

@@ -100,14 +100,20 @@ def test_a_glued_value_is_the_output_that_myst_nb_makes(measured):
         ours, theirs = glued[f"{key}-ours"], glued[f"{key}-theirs"]
         ours["metadata"]["scrapbook"]["name"] = theirs["metadata"]["scrapbook"]["name"]
         assert ours == theirs
-    assert set(glued["curve"]["data"]) == {
-        f"application/papermill.record/{mime}" for mime in ("image/svg+xml", "text/plain")
-    }
 
 
-def test_figures_that_are_glued_are_not_shown_a_second_time(measured):
-    shown = [output for output in outputs(read(measured[1])) if "image/png" in output.get("data", {})]
-    assert not shown
+def test_a_glued_figure_is_shown_once_under_its_cell_and_can_be_glued_by_myst_nb(measured):
+    (curve,) = [output for output in outputs(read(measured[1])) if "image/svg+xml" in output.get("data", {})]
+    assert curve["metadata"]["scrapbook"] == {"name": "curve", "mime_prefix": ""}
+    assert not [output for output in outputs(read(measured[1])) if "image/png" in output.get("data", {})]
+
+
+def test_the_books_page_does_not_show_a_glued_figure_under_its_cell(measured):
+    before = read(measured[1])
+    shown = {mime for output in outputs(records.hide_glued(before)) for mime in output.get("data", {})}
+    assert "application/papermill.record/image/svg+xml" in shown
+    assert "image/svg+xml" not in shown
+    assert before == read(measured[1])
 
 
 def test_an_unchanged_chapter_is_not_executed_again(measured, no_kernel):

@@ -30,7 +30,7 @@ def published(monkeypatch) -> dict[str, dict[str, Any]]:
     """What glue and record publish, by name, as if in a kernel."""
     seen: dict[str, dict[str, Any]] = {}
     monkeypatch.setattr(records, "_in_a_kernel", lambda: True)
-    monkeypatch.setattr(records, "_publish", lambda key, bundle, metadata: seen.__setitem__(key, bundle))
+    monkeypatch.setattr(records, "_publish", lambda key, bundle, metadata, prefix="": seen.__setitem__(key, bundle))
     return seen
 
 
