@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from memloc import randomness
 
@@ -212,9 +213,9 @@ def check_images(model: nn.Module, images: Tensor, num_classes: int | None = Non
     """
     shape, name = tuple(images.shape[1:]), type(model).__name__.lstrip("_")
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
             logits = model(images[:1])
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # torchvision's ViT asserts
         reason = str(error).partition("\n")[0].rstrip(". ")
         raise ValueError(
             f"images of shape {shape} do not fit {name} ({reason}): choose another size= or another model"
@@ -296,8 +297,10 @@ def _default_groups(model: nn.Module) -> dict[str, list[str]]:
         path, _, own_name = name.partition(".parametrizations.")[0].rpartition(".")
         if ".parametrizations." in name:  # weight_norm and its like: the layer owns what its weight is made of
             path, own_name = f"{path}.{own_name}".lstrip("."), "weight"
-        is_norm = "Norm" in type(model.get_submodule(path)).__name__
-        if parameter.ndim >= 2 and "weight" in own_name and not is_norm:
+        layer = model.get_submodule(path)
+        # The bias comes before such a weight, so it is what opens the group.
+        is_weight = (parameter.ndim >= 2 and "weight" in own_name) or is_parametrized(layer, "weight")
+        if is_weight and "Norm" not in type(layer).__name__:
             groups.setdefault(path or own_name, [])
         joined = next(reversed(groups.values())) if groups else before_the_first
         joined.append(name)

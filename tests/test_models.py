@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import models
+from memloc import models, vision
 
 
 class Odd(nn.Module):
@@ -86,6 +86,12 @@ def test_a_size_that_does_not_fit_is_refused_in_one_line_that_names_it():
     assert "\n" not in str(refused.value)
 
 
+def test_a_network_that_asserts_its_size_is_refused_in_the_same_way():
+    vit = vision.torchvision().models.VisionTransformer(16, 8, 1, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\) do not fit VisionTransformer \(Wrong image height"):
+        models.check_images(vit, torch.zeros(1, 3, 8, 8))
+
+
 def test_a_network_without_logits_is_refused():
     with pytest.raises(ValueError, match=r"must give logits of shape \(B, K\), got \(1, 3, 8, 8\)"):
         models.check_images(nn.Identity(), torch.zeros(2, 3, 8, 8))
@@ -120,6 +126,16 @@ def test_groups_of_any_network_hold_every_parameter_once(model):
     assert every_parameter_once(model)
 
 
+def test_a_layer_under_weight_norm_keeps_its_own_bias():
+    def layer():
+        return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+
+    made_of = [f"parametrizations.weight.original{number}" for number in (0, 1)]
+    assert models.layer_groups(nn.Sequential(layer(), layer())) == {
+        path: [f"{path}.{name}" for name in ("bias", *made_of)] for path in "01"
+    }
+
+
 def test_groups_of_shared_weights_hold_them_once():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     model[1].weight = model[0].weight
@@ -127,7 +143,6 @@ def test_groups_of_shared_weights_hold_them_once():
 
 
 def test_groups_of_torchvisions_resnet18_are_its_convolutions_and_its_classifier():
-    vision = pytest.importorskip("memloc.vision")
     model = vision.torchvision().models.resnet18(num_classes=10)
     groups = models.layer_groups(model)
     assert every_parameter_once(model)
