@@ -64,7 +64,7 @@ def rewind(
     if batch_norm == "recalibrate" and (images is None or len(images) == 0):
         raise ValueError("batch_norm='recalibrate' needs images= to compute the statistics from, got none")
     changed = _changed_names(model, groups, with_buffers=batch_norm == "rewind")
-    state = model.state_dict()
+    state = _tensors(model)
     for name in changed:
         if name not in earlier or earlier[name].shape != state[name].shape:
             got = tuple(earlier[name].shape) if name in earlier else "nothing"
@@ -74,6 +74,7 @@ def rewind(
         with torch.no_grad():
             for name in changed:
                 state[name].copy_(earlier[name])
+        torch.clear_autocast_cache()  # an autocast around this block may hold the weights cast already
         if batch_norm == "recalibrate" and images is not None:
             _recalibrate(model, images, batch_size)
         yield
@@ -81,23 +82,31 @@ def rewind(
         with torch.no_grad():
             for name, value in saved.items():
                 state[name].copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _changed_names(model: nn.Module, groups: str | Iterable[str], *, with_buffers: bool) -> list[str]:
-    """List the parameters of some layer groups and, on demand, the buffers of the modules that own them."""
+    """List the parameters of some layer groups and, on demand, the buffers that go with them.
+
+    The buffers of a module without parameters, such as a batch-norm without weights, go with what comes before it.
+    """
     known = layer_groups(model)
     chosen = [groups] if isinstance(groups, str) else list(groups)
     for group in chosen:
         if group not in known:
             raise ValueError(f"groups must be among {', '.join(known)}, got {group!r}")
-    parameters = [name for group in chosen for name in known[group]]
+    changed = [name for group in chosen for name in known[group]]
     if not with_buffers:
-        return parameters
-    owners = {name.rpartition(".")[0] for name in parameters}
-    kept = model.state_dict()
-    return parameters + [
-        name for name, _ in model.named_buffers() if name.rpartition(".")[0] in owners and name in kept
-    ]
+        return changed
+    parameters, kept = set(changed), model.state_dict()
+    is_inside = next((name for name, _ in model.named_parameters()), None) in parameters
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(path, recurse=False)]
+        if own:
+            is_inside = not parameters.isdisjoint(own)
+        if is_inside:
+            changed += [name for name, _ in module.named_buffers(path, recurse=False) if name in kept]
+    return changed
 
 
 def _recalibrate(model: nn.Module, images: Tensor, batch_size: int) -> None:
@@ -259,7 +268,13 @@ class _SharedForward:
     def __call__(self, images: Tensor) -> Tensor:
         """Compute the predicted classes, int64, shape ``(1 + copies, B)``; row 0 is the network itself."""
         images = images.contiguous(memory_format=self._memory_format)
-        with torch.no_grad(), evaluation_mode(self._model), autocast(images.device, self._precision):
+        not_inference = torch.inference_mode(False)  # whose tensors do not count what is written into them
+        with (
+            not_inference,
+            torch.no_grad(),
+            evaluation_mode(self._model),
+            autocast(images.device, self._precision),
+        ):
             calls = _Calls(self._model)
             with calls.recorded():
                 logits = [self._run(images, {})]
@@ -321,12 +336,16 @@ class _Calls:
         """Let what ended before the first owner of these tensors was called return what it returned before."""
         replayed = self._modules_before(set(names))
         for module in replayed:
-            module.forward = partial(_return, self._results[module][1])
+            module.forward = partial(self._replay, module)
         try:
             yield
         finally:
             for module in replayed:
-                del module.forward
+                vars(module).pop("forward", None)
+
+    def _replay(self, module: nn.Module, *inputs: object, **keywords: object) -> Tensor:
+        del module.forward  # the edited network may call it once more, on something else
+        return self._results[module][1]
 
     def _modules_before(self, names: set[str]) -> list[nn.Module]:
         edited = {id(tensor) for name, tensor in _tensors(self._model).items() if name in names}
@@ -346,7 +365,3 @@ class _Calls:
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
-
-
-def _return(result: Tensor, *inputs: object, **keywords: object) -> Tensor:
-    return result

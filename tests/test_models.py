@@ -88,7 +88,7 @@ def test_a_size_that_does_not_fit_is_refused_in_one_line_that_names_it():
 
 def test_a_network_that_asserts_its_size_is_refused_in_the_same_way():
     vit = vision.torchvision().models.VisionTransformer(16, 8, 1, 2, 8, 8)
-    with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\) do not fit VisionTransformer \(Wrong image height"):
+    with pytest.raises(ValueError, match=r"do not fit VisionTransformer \(Wrong image height"):
         models.check_images(vit, torch.zeros(1, 3, 8, 8))
 
 

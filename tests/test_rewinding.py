@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import evaluation, models, vision
+from memloc import datasets, evaluation, models, vision
 from memloc.rewinding import BATCH_NORM, last_groups, rewind, rewind_sweep
 from memloc.training import Checkpoints, Settings, train
 
@@ -212,3 +212,84 @@ def test_a_network_that_breaks_the_order_of_its_calls_is_swept_whole(tiny):
     sweep = rewind_sweep(model, states, tiny, batch_size=64)
     groups = {name: [name] for name in models.layer_groups(model)}
     assert [row[0] for row in sweep.accuracies] == by_hand(model, states, tiny, groups, "keep", 0)
+
+
+def test_rewinding_inside_an_autocast_is_seen_and_undone(trained, tiny):
+    model, states = trained
+    images = tiny.train.images
+    with torch.autocast(images.device.type, torch.bfloat16), models.evaluation_mode(model):
+        before = model(images)
+        with rewind(model, states[0], "linear"):
+            assert not torch.equal(model(images), before)
+        assert torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4, track_running_stats=True)])
+def test_statistics_of_a_norm_without_weights_go_back_with_the_layer_before_it(norm):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Conv2d(4, 2, 3))
+    earlier = {name: value + 1 for name, value in model.state_dict().items()}
+    with rewind(model, earlier, "0", batch_norm="rewind"):
+        changed = {name for name, value in model.state_dict().items() if torch.equal(value, earlier[name])}
+    assert changed == {name for name in earlier if name.startswith(("0.", "1."))}
+
+
+def test_statistics_before_the_first_weight_go_back_with_the_first_group():
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4), nn.Linear(4, 2))
+    earlier = {name: value + 1 for name, value in model.state_dict().items()}
+    for group, expected in (("1", {"0", "1"}), ("2", {"2"})):
+        with rewind(model, earlier, group, batch_norm="rewind"):
+            changed = {name for name, value in model.state_dict().items() if torch.equal(value, earlier[name])}
+        assert {name[0] for name in changed} == expected
+
+
+def test_buffers_outside_the_state_dict_are_restored_and_other_state_is_left_alone():
+    class Remembers(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+        def get_extra_state(self):
+            return {"not": "a tensor"}
+
+        def set_extra_state(self, state):
+            raise AssertionError
+
+    model = nn.Sequential(Remembers())
+    with rewind(model, model.state_dict(), "0", batch_norm="rewind"):
+        model(torch.zeros(1, 4))
+    assert model[0].seen == 0
+
+
+def test_a_sweep_inside_inference_mode_agrees_with_one_outside(trained, tiny):
+    model, states = trained
+    expected = rewind_sweep(model, {0: states[0]}, tiny)
+    with torch.inference_mode():
+        assert rewind_sweep(model, {0: states[0]}, tiny) == expected
+
+
+class CallsAgain(nn.Module):
+    """Doubles its input, gives it to a second layer, and doubles once more what is large then."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        self.last = nn.Linear(1, 2)
+        nn.init.constant_(self.first.weight, 2.0)
+        nn.init.constant_(self.second.weight, second)
+        self.last.load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([30.0, 0.0])})
+
+    def forward(self, x):
+        x = self.second(self.first(x.flatten(1)))
+        return self.last(self.first(x) if x.amax() > 5 else x)
+
+
+def test_a_layer_that_only_the_rewound_network_calls_again_is_run_again(device):
+    images, labels = torch.tensor([0.0, 0, 1, 1]).view(4, 1, 1, 1), torch.tensor([0, 0, 1, 1])
+    data = datasets.from_arrays(images, labels, images, labels, device=device)
+    model, states = CallsAgain(1.0).to(device), {0: CallsAgain(10.0).state_dict()}
+    sweep = rewind_sweep(model, states, data, groups={"second": ["second"]}, batch_size=2)
+    assert (sweep.final.test, sweep.accuracies[0][0].test) == (0.5, 1.0)
