@@ -1,6 +1,7 @@
 """What decides a training: data, noise, network and settings, and the address that follows from them."""
 
 import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
@@ -57,9 +58,18 @@ class Settings:
         _check_at_least("batch_size", self.batch_size, 1)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("precision", self.precision, PRECISIONS)
+        _check_at_least("seed", self.seed, 0)
+        for name in ("augment", "channels_last", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("learning_rate", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)!r}")
+            self._take_number(name, "a finite number ≥ 0", sys.float_info.max)
+
+    def _take_number(self, name: str, expected: str, most: float) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+        object.__setattr__(self, name, float(value))  # 1 and 1.0 are one recipe and must have one address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +106,7 @@ class Recipe(Settings):
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.noise_rate <= 1:
-            raise ValueError(f"noise_rate must be a fraction from 0 to 1, got {self.noise_rate!r}")
+        self._take_number("noise_rate", "a fraction from 0 to 1", 1.0)
 
     @property
     def address(self) -> str:

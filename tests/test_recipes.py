@@ -1,9 +1,10 @@
-from dataclasses import fields
+import math
+from dataclasses import asdict, fields
 
 import pytest
 
 from memloc import recipes
-from memloc.recipes import Recipe, Settings
+from memloc.recipes import VERSION, Recipe, Settings
 
 
 def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
@@ -33,6 +34,14 @@ def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
         ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
         ({"width": 0}, "width must be an integer ≥ 1, got 0"),
         ({"examples": True}, "examples must be an integer ≥ 1, got True"),
+        ({"seed": -1}, "seed must be an integer ≥ 0, got -1"),
+        ({"seed": 1.0}, "seed must be an integer ≥ 0, got 1.0"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a finite number ≥ 0, got '1e-3'"),
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number ≥ 0, got inf"),
+        ({"noise_rate": True}, "noise_rate must be a fraction from 0 to 1, got True"),
+        ({"augment": "no"}, "augment must be True or False, got 'no'"),
+        ({"channels_last": 1}, "channels_last must be True or False, got 1"),
+        ({"compile": None}, "compile must be True or False, got None"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(change, message):
@@ -50,6 +59,21 @@ def test_what_decides_a_training_decides_its_address():
     assert set(other) == {field.name for field in fields(Recipe)}
     addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
     assert len(addresses) == len(other) + 1
+
+
+def test_a_number_has_one_address_however_it_is_written():
+    assert Recipe(noise_rate=1, learning_rate=1).address == Recipe(noise_rate=1.0, learning_rate=1.0).address
+
+
+def test_the_defaults_are_part_of_what_every_address_means():
+    # An address leaves out what has its default value: a change here changes what old runs mean, so raise VERSION.
+    assert VERSION == 1
+    assert asdict(Recipe()) == {
+        "dataset": "digits", "size": None, "examples": None, "noise": "flip", "noise_rate": 0.1, "model": "small_cnn",
+        "width": None, "epochs": 50, "batch_size": 512, "learning_rate": 0.01, "schedule": "cosine", "momentum": 0.9,
+        "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
+        "seed": 0,
+    }  # fmt: skip
 
 
 def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):
