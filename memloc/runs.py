@@ -8,6 +8,7 @@ SHA-256 that was noted when it was written.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -71,7 +72,8 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch, from 0 (the initial weights): loss, accuracies (fractions), seconds."""
-        return pd.DataFrame(_read_json(self.folder / "history.json")["rows"])
+        rows = _read_json(self.folder / "history.json", "rows")["rows"]
+        return pd.DataFrame(rows).astype(float).astype({"epoch": int})  # JSON has null for NaN
 
     @property
     def epochs(self) -> list[int]:
@@ -270,7 +272,7 @@ class Writer:
         """
         epoch = row["epoch"]
         stale = [name for name in self._files if name.startswith("resume_")]
-        self.rows.append(row)
+        self.rows.append({name: value if math.isfinite(value) else None for name, value in row.items()})
         self._add(f"resume_{epoch:03d}.safetensors", resume)
         if checkpoint is not None:
             self._add(_checkpoint_name(epoch), checkpoint)
@@ -342,9 +344,10 @@ def _damaged(path: Path, reason: str) -> OSError:
     return OSError(f"{path} {reason}: run `memloc runs delete {run}`, then train again")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that must have these keys."""
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(path, "is missing or damaged") from error
 
@@ -359,3 +362,6 @@ def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[st
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise _damaged(path, "is not a safetensors file") from error
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise _damaged(path, "is missing or damaged")
+    return value

@@ -65,8 +65,11 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 class Observer:
     """Watches a training without changing it: override what you need.
 
+    Take random numbers from a generator of your own (:func:`memloc.randomness.generator`): torch's global ones belong
+    to the network's dropout.
+
     Attributes:
-        name: Under which :meth:`table` is kept in a run.
+        name: Under which :meth:`table` is kept in a run; a word such as ``predictions``.
     """
 
     name: str
@@ -172,7 +175,7 @@ class _Loop:
             group["lr"] = rate
         self.optimizer.zero_grad()
         with autocast(self.device, self.settings.precision):
-            losses = self.loss(self.forward(batch.images), batch)
+            losses = self.loss(self.logits(batch), batch)
         for observer in self.observers:
             observer.before_backward(self.model, losses, batch)
         self.scaler.scale(losses.mean()).backward()
@@ -182,6 +185,16 @@ class _Loop:
             observer.after_backward(self.model, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the network, and say so where batch-norm finds a single value in a batch of one example."""
+        try:
+            return self.forward(batch.images)
+        except ValueError as error:
+            if len(batch.images) > 1:
+                raise
+            got = f"{self.settings.batch_size} for {len(self.data.train)} examples ({error})"
+            raise ValueError(f"batch_size must not leave a batch of one, got {got}: choose another") from error
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield the training set in an order that depends on the seed and the epoch alone."""
@@ -199,10 +212,9 @@ class _Loop:
         """Take all the steps of an epoch, counted from 1."""
         self.model.train()
         steps = math.ceil(len(self.data.train) / self.settings.batch_size)
-        with seeded(self.settings.seed, "dropout", epoch):
-            for step, batch in enumerate(self.batches(epoch)):
-                done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
-                self.step(batch, learning_rate(self.settings, done))
+        for step, batch in enumerate(self.batches(epoch)):
+            done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
+            self.step(batch, learning_rate(self.settings, done))
 
     def evaluate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the network after an epoch, tell the observers, and return what the history says of it."""
@@ -217,10 +229,11 @@ class _Loop:
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch (none if it is 0), evaluate, and return the history's row."""
         start = time.perf_counter()
-        if epoch > 0:
-            self.train_epoch(epoch)
-        row = self.evaluate(epoch) | {"seconds": time.perf_counter() - start}
-        return {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with seeded(self.settings.seed, "dropout", epoch):  # evaluation too: some networks never stop dropping
+            if epoch > 0:
+                self.train_epoch(epoch)
+            row = self.evaluate(epoch)
+        return row | {"seconds": time.perf_counter() - start}
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next epoch needs."""
@@ -312,7 +325,7 @@ def _freeze(model: nn.Module, frozen: Iterable[str]) -> Iterator[None]:
         parameter.requires_grad_(False)
     try:
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("frozen names every layer group with parameters to train: leave one out")
+            raise ValueError("model must have a parameter to train, got none: leave a layer group out of frozen")
         yield
     finally:
         for parameter in still:
@@ -340,12 +353,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device must be one that this machine has, got {name!r}: choose 'auto' or 'cpu'")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise ValueError(f"device must be one that this machine has, got {name!r}: choose 'auto' or 'cpu'") from error
 
 
 def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
@@ -412,7 +422,7 @@ def fit(
         The run.
 
     Raises:
-        ValueError: If a wanted epoch is not in the training, or two observers share a name.
+        ValueError: If a wanted epoch is not in the training, two observers share a name, or a name is no word.
         FileNotFoundError: If the data are not on this machine.
         OSError: If what is on disk is not what was written; the message says what to do.
     """
@@ -422,6 +432,9 @@ def fit(
     watching = {observer.name: observer for observer in observers}
     if len(watching) < len(observers):
         raise ValueError(f"observers must have different names, got {[observer.name for observer in observers]}")
+    for name in watching:
+        if not name.isidentifier() or name.startswith(("epoch_", "resume_")):  # names of a run's own files
+            raise ValueError(f"observers must have a word for a name, not epoch_… or resume_…, got {name!r}")
 
     with runs.locked(recipe.address):
         old = runs.find(recipe.address, recipe)

@@ -82,6 +82,20 @@ def test_a_networks_own_dropout_depends_on_the_seed_too(tiny):
     assert same(trained(), trained())
 
 
+@pytest.mark.usefixtures("global_generator_untouched")
+def test_a_network_that_drops_in_evaluation_too_has_a_history_that_depends_on_the_seed(tiny):
+    class AlwaysDrops(nn.Linear):
+        def forward(self, images):
+            return super().forward(nn.functional.dropout(images.flatten(1)))
+
+    def history():
+        with seeded(0, "test"):
+            model = AlwaysDrops(64, 10)
+        return train(model, tiny, Settings(epochs=2, batch_size=64)).drop(columns="seconds")
+
+    pd.testing.assert_frame_equal(history(), history())
+
+
 def test_frozen_layer_groups_do_not_move_and_can_be_trained_again_afterwards(tiny):
     model = network(tiny)
     before = weights(model)
@@ -158,6 +172,12 @@ def test_any_batch_size_will_do(tiny, batch_size):
     assert history.loss.notna().all()
 
 
+def test_a_last_batch_of_one_that_batch_norm_cannot_take_is_refused_by_name(tiny):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    with pytest.raises(ValueError, match=r"batch_size must not leave a batch of one, got 21 for 64 examples"):
+        train(model, tiny, Settings(epochs=1, batch_size=21))
+
+
 def test_augmentation_changes_the_training_and_depends_on_the_seed(tiny):
     models_ = [network(tiny) for _ in range(3)]
     for model, augment in zip(models_, (True, True, False), strict=True):
@@ -186,7 +206,7 @@ def test_an_unknown_or_complete_set_of_frozen_groups_is_refused(tiny):
     model = network(tiny)
     with pytest.raises(ValueError, match=r"frozen must be one of conv0, .*, got 'conv9'"):
         train(model, tiny, Settings(epochs=1), frozen=["conv9"])
-    with pytest.raises(ValueError, match="frozen names every layer group"):
+    with pytest.raises(ValueError, match="model must have a parameter to train, got none"):
         train(model, tiny, Settings(epochs=1), frozen=list(models.layer_groups(model)))
 
 
@@ -198,6 +218,8 @@ def test_a_network_with_too_few_outputs_is_refused(tiny):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device must be one that this machine has, got 'gpu'"):
         training.pick_device("gpu")
+    with pytest.raises(ValueError, match="device must be one that this machine has, got 'mps'"):
+        training.pick_device("mps")
     assert training.pick_device("auto").type in ("cpu", "cuda")
 
 
@@ -264,6 +286,24 @@ def test_checkpoints_outside_the_training_and_twins_among_observers_are_refused(
         fit(Recipe(**QUICK), checkpoints=[4])
     with pytest.raises(ValueError, match="observers must have different names"):
         fit(Recipe(**QUICK), observers=[Nosy(), Nosy()])
+
+
+@pytest.mark.parametrize("name", ["epoch_losses", "resume_x", "a/b", "../a", "a.b", ""])
+def test_an_observer_whose_name_cannot_be_a_tables_is_refused_before_training(own_run_store, name):
+    observer = Nosy()
+    observer.name = name
+    with pytest.raises(ValueError, match=f"observers must have a word for a name, .*, got '{name}'"):
+        fit(Recipe(**QUICK), observers=[observer])
+    assert not own_run_store.exists()
+
+
+@pytest.mark.parametrize(("noise_rate", "missing"), [(0.0, ["noisy", "restored"]), (1.0, ["clean"])])
+def test_accuracies_over_no_examples_are_nan_in_every_history(noise_rate, missing):
+    recipe = Recipe(**QUICK, noise_rate=noise_rate)
+    fitted, trained = fit(recipe).history, train(models.mlp(64), training.prepare(recipe), recipe)
+    for history in (fitted, trained):
+        assert set(history.dtypes.astype(str)) == {"int64", "float64"}
+        assert [name for name in ("clean", "noisy", "restored") if history[f"{name}_accuracy"].isna().all()] == missing
 
 
 class Interrupted(Exception):
