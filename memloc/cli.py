@@ -15,13 +15,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from memloc import chapters, records
 from memloc.parameters import did_you_mean
-
-if TYPE_CHECKING:
-    from memloc.runs import RunInfo
 
 
 class UsageError(ValueError):
@@ -281,8 +278,11 @@ def _runs_list(options: argparse.Namespace) -> int:
 
 
 def _runs_show(options: argparse.Namespace) -> int:
-    info = _find_run(options.address)
-    _print_table([(name, _word(value)) for name, value in info.recipe.items()])
+    from memloc import runs
+
+    address = _find_run(options.address)
+    recipe = next(info.recipe for info in runs.listing() if info.address == address)
+    _print_table([(name, _word(value)) for name, value in recipe.items()])
     return 0
 
 
@@ -291,17 +291,17 @@ def _runs_delete(options: argparse.Namespace) -> int:
 
     if options.all == bool(options.addresses):
         raise UsageError("runs delete takes addresses, or --all (memloc runs list shows them)")
-    doomed = runs.listing() if options.all else [_find_run(address) for address in options.addresses]
-    for info in doomed:
-        runs.delete(info.address)
-    print(f"deleted {len(doomed)} runs, {_size(sum(info.size_bytes for info in doomed))}")
+    doomed = runs.addresses() if options.all else [_find_run(beginning) for beginning in options.addresses]
+    freed_bytes = [runs.delete(address) for address in doomed]
+    print(f"deleted {len(doomed)} runs, {_size(sum(freed_bytes))}")
     return 0
 
 
-def _find_run(beginning: str) -> "RunInfo":
+def _find_run(beginning: str) -> str:
+    """Find the one address that begins like this; the run may be damaged."""
     from memloc import runs
 
-    found = [info for info in runs.listing() if info.address.startswith(beginning)]
+    found = [address for address in runs.addresses() if address.startswith(beginning)]
     if len(found) != 1:
         raise UsageError(f"{len(found)} runs begin with {beginning!r}: expected one (memloc runs list shows all)")
     return found[0]

@@ -17,7 +17,7 @@ def store() -> Path:
     """Return :func:`memloc.runs.root`, without importing torch for it."""
     import platformdirs
 
-    return Path(os.environ.get("MEMLOC_RUNS") or platformdirs.user_cache_path("memloc") / "runs")
+    return Path(os.environ.get("MEMLOC_RUNS") or platformdirs.user_cache_path("memloc") / "runs").expanduser()
 
 
 def epoch_line(address: str, history: dict[str, Any]) -> str:

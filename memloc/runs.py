@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ import platformdirs
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["Run", "RunInfo", "address", "delete", "find", "listing", "locked", "root"]
+__all__ = ["Run", "RunInfo", "address", "addresses", "delete", "find", "listing", "locked", "root"]
 
 
 def root() -> Path:
     """Return the folder of all runs: ``$MEMLOC_RUNS``, else one in the platform's cache folder."""
-    return Path(os.environ.get("MEMLOC_RUNS") or platformdirs.user_cache_path("memloc") / "runs")
+    return Path(os.environ.get("MEMLOC_RUNS") or platformdirs.user_cache_path("memloc") / "runs").expanduser()
 
 
 def address(recipe: Mapping[str, Any], version: int) -> str:
@@ -144,50 +144,81 @@ class RunInfo:
 
 
 def listing() -> list[RunInfo]:
-    """List the runs on disk, the newest first."""
+    """List the runs on disk, the newest first.
+
+    Raises:
+        OSError: If a run is damaged; the message says how to delete it.
+    """
     infos = []
-    for folder in root().glob("*/"):
-        if folder.name.startswith(".") or not (folder / "history.json").exists():
-            continue
-        history = _read_json(folder / "history.json")
-        files = [path.stat() for path in folder.iterdir() if not path.name.startswith(".")]
-        infos.append(
-            RunInfo(
-                address=folder.name.removesuffix(".partial"),
-                recipe=_read_json(folder / "recipe.json"),
-                epochs_done=len(history["rows"]) - 1,
-                epochs=history["epochs"],
-                is_whole=folder.suffix != ".partial",
-                size_bytes=sum(file.st_size for file in files),
-                modified=max(file.st_mtime for file in files),
-            )
-        )
+    for folder in _folders():
+        try:
+            infos.append(_info(folder))
+        except OSError:
+            if (folder / "history.json").exists():
+                raise  # else its first epoch is not over, or it was renamed or deleted since it was found
     return sorted(infos, key=lambda info: -info.modified)
 
 
-def delete(address: str) -> None:
-    """Delete a run, finished or not.
+def addresses() -> list[str]:
+    """List the names of all runs on disk, finished or not, damaged ones too."""
+    return sorted({folder.name.removesuffix(".partial") for folder in _folders()})
+
+
+def _folders() -> list[Path]:
+    """Find the folders of runs; whatever else lies in the store is none of ours."""
+    folders = {path.parent for name in ("recipe.json", "history.json") for path in root().glob(f"*/{name}")}
+    return [folder for folder in folders if folder.name.removesuffix(".partial").isalnum()]
+
+
+def _info(folder: Path) -> RunInfo:
+    history = _read_json(folder / "history.json", "rows", "epochs")
+    files = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a training replaces its files while we look
+            files.append(path.stat())
+    return RunInfo(
+        address=folder.name.removesuffix(".partial"),
+        recipe=_read_json(folder / "recipe.json"),
+        epochs_done=len(history["rows"]) - 1,
+        epochs=history["epochs"],
+        is_whole=folder.suffix != ".partial",
+        size_bytes=sum(file.st_size for file in files),
+        modified=max(file.st_mtime for file in files),
+    )
+
+
+def delete(address: str) -> int:
+    """Delete a run, finished or not, damaged or not.
 
     Args:
-        address: Its name, as :func:`listing` gives it.
+        address: Its name, as :func:`addresses` gives it.
+
+    Returns:
+        Bytes that were freed.
 
     Raises:
         KeyError: If there is no such run.
+        BlockingIOError: If a process is training it now.
     """
     folders = [root() / address, root() / f"{address}.partial"]
     if not address.isalnum() or not any(folder.is_dir() for folder in folders):
         raise KeyError(f"no run {address!r} in {root()}: memloc runs lists them")
-    with locked(address):
-        for folder in folders:
-            _remove(folder)
+    try:
+        with locked(address, wait=False):
+            size_bytes = sum(path.stat().st_size for folder in folders for path in folder.glob("*"))
+            for folder in folders:
+                _remove(folder)
+    except filelock.Timeout as error:
+        raise BlockingIOError(f"run {address} is being trained by a process: end that first") from error
+    return size_bytes
 
 
 @contextmanager
-def locked(address: str) -> Iterator[None]:
+def locked(address: str, *, wait: bool = True) -> Iterator[None]:
     """Hold a run against all other processes; whoever comes second waits. A killed process lets go."""
     folder = root() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / address):
+    with filelock.FileLock(folder / address, blocking=wait):
         yield
 
 
@@ -207,7 +238,7 @@ def find(address: str, recipe: Any) -> Run | None:
     folder = root() / address
     if not (folder / "done").exists():
         return None
-    done = _read_json(folder / "done")
+    done = _read_json(folder / "done", "files", "provenance")
     return Run(folder, recipe, done["provenance"], done["files"])
 
 
@@ -244,13 +275,15 @@ class Writer:
             OSError: If what is there is not what was written.
         """
         if (self._folder / "progress.json").exists():
-            progress = _read_json(self._folder / "progress.json")
+            for path in self._folder.glob(".*"):
+                path.unlink()  # what a process was writing when it was killed
+            progress = _read_json(self._folder / "progress.json", "files", "rows", "tables")
             reached = progress["rows"][-1]["epoch"]
             saved = set(_saved_epochs(progress["files"]))
             if tables <= set(progress["tables"]) and {e for e in epochs if e <= reached} <= saved:
                 self._files, self.rows = progress["files"], progress["rows"]
                 return _read_tensors(self._folder, f"resume_{reached:03d}.safetensors", self._files)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        _remove(self._folder)
         self._folder.mkdir(parents=True)
         _write(self._folder / "recipe.json", _json(asdict(self._recipe)))
         return None
@@ -335,8 +368,9 @@ def _write(path: Path, content: bytes) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a run's folder; ``done`` goes first, so that a kill on the way leaves no run behind."""
-    (folder / "done").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        (folder / "done").unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _damaged(path: Path, reason: str) -> OSError:
@@ -350,6 +384,9 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(path, "is missing or damaged") from error
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise _damaged(path, "is missing or damaged")
+    return value
 
 
 def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -362,6 +399,3 @@ def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[st
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise _damaged(path, "is not a safetensors file") from error
-    if not isinstance(value, dict) or not value.keys() >= set(keys):
-        raise _damaged(path, "is missing or damaged")
-    return value

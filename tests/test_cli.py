@@ -266,6 +266,20 @@ def test_runs_are_deleted_one_by_one_or_all(two_runs, memloc_says):
     assert runs.listing() == []
 
 
+def test_a_damaged_run_can_be_deleted_as_its_message_says(two_runs, refused, memloc_says):
+    (two_runs / "aaaa000000000000" / "history.json").write_text("{")
+    assert "run `memloc runs delete aaaa000000000000`" in refused("runs")
+    assert memloc_says("runs", "delete", "aaaa000000000000")[1].startswith("deleted 1 runs, ")
+    assert [info.address for info in runs.listing()] == ["aabb000000000000"]
+
+
+def test_a_whole_run_that_is_being_trained_again_is_one_run(two_runs, memloc_says):
+    make_run(two_runs, "aabb000000000000", 10)
+    assert memloc_says("runs", "show", "aabb")[1].splitlines()[-1].split() == ["augment", "false"]
+    assert memloc_says("runs", "delete", "aabb")[1].startswith("deleted 1 runs, ")
+    assert runs.addresses() == ["aaaa000000000000"]
+
+
 def test_data_sets_are_listed_with_size_source_and_licence(memloc_says):
     _, out, _ = memloc_says("data", "list")
     (row,) = [line for line in out.splitlines() if line.startswith("fashionmnist")]

@@ -3,11 +3,12 @@ import json
 import os
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from memloc import runs
+from memloc import progress, runs
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,73 @@ def test_the_list_tells_whole_runs_from_unfinished_ones():
 
 def test_the_list_of_an_empty_store_is_empty():
     assert runs.listing() == []
+    assert runs.addresses() == []
+
+
+def test_whatever_else_lies_in_the_store_is_not_listed(own_run_store):
+    write()
+    for folder in ("my notes", "..hidden", "empty"):
+        (own_run_store / folder).mkdir()
+    (own_run_store / "my notes" / "history.json").write_text("[1,")
+    (own_run_store / "file").write_text("")
+    assert [info.address for info in runs.listing()] == runs.addresses() == ["abc"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+@pytest.mark.parametrize("name", ["history.json", "done"])
+def test_a_damaged_run_is_named_with_the_command_that_helps_and_can_be_deleted(name, content):
+    (write().folder / name).write_text(content)
+    with pytest.raises(OSError, match=rf"{name} is missing or damaged: run `memloc runs delete abc`"):
+        _ = runs.find("abc", Recipe()).history
+    assert runs.addresses() == ["abc"]
+    assert runs.delete("abc") > 100
+    assert runs.listing() == []
+
+
+def test_a_damaged_recipe_is_refused_by_the_list():
+    (write().folder / "recipe.json").write_text("[]")
+    with pytest.raises(OSError, match=r"recipe\.json is missing or damaged: run `memloc runs delete abc`"):
+        runs.listing()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_damaged_progress_is_named_with_the_command_that_helps(own_run_store, content):
+    write(finish=False)
+    (own_run_store / "abc.partial" / "progress.json").write_text(content)
+    with pytest.raises(OSError, match=r"progress\.json is missing or damaged: run `memloc runs delete abc`"):
+        runs.Writer("abc", Recipe()).resume({"seen"}, {0})
+
+
+def test_the_list_passes_over_files_and_runs_that_go_away_meanwhile(monkeypatch, own_run_store):
+    write("gone", finish=False)
+    write("stays", finish=False)
+    original = Path.iterdir
+
+    def iterdir(folder):
+        names = list(original(folder))
+        if folder.name == "gone.partial":
+            folder.rename(own_run_store / "gone")
+        else:
+            (folder / "resume_002.safetensors").unlink()
+        return iter(names)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [info.address for info in runs.listing()] == ["stays"]
+
+
+def test_a_run_that_is_being_trained_is_not_deleted(own_run_store):
+    write(finish=False)
+    with runs.locked("abc"), pytest.raises(BlockingIOError, match="run abc is being trained by a process: end that"):
+        runs.delete("abc")
+    assert runs.Writer("abc", Recipe()).resume({"seen"}, {0}) is not None
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(own_run_store):
+    write(finish=False)
+    (own_run_store / "abc.partial" / ".epoch_002.safetensors.4711").write_bytes(b"half")
+    writer = runs.Writer("abc", Recipe())
+    writer.resume({"seen"}, {0})
+    assert not list(writer.finish({}, {}).folder.glob(".*"))
 
 
 @pytest.mark.parametrize("address", ["nothing", "../abc", ".locks", "", "."])
@@ -178,6 +246,16 @@ def test_deleting_removes_finished_and_unfinished_alike(own_run_store):
     write(finish=False)
     runs.delete("abc")
     assert [path.name for path in own_run_store.iterdir()] == [".locks"]
+
+
+def test_what_cannot_be_deleted_is_an_error(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError("not yours")
+
+    write()
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(PermissionError, match="not yours"):
+        runs.delete("abc")
 
 
 class Trap:
@@ -207,6 +285,9 @@ def test_a_planted_pickle_is_refused_and_never_run(tmp_path):
 
 def test_the_store_is_where_the_environment_says_else_in_the_platforms_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMLOC_RUNS", str(tmp_path))
-    assert runs.root() == tmp_path
+    assert runs.root() == progress.store() == tmp_path
+    monkeypatch.setenv("MEMLOC_RUNS", "~/runs")
+    assert runs.root() == progress.store() == Path.home() / "runs"
     monkeypatch.delenv("MEMLOC_RUNS")
+    assert runs.root() == progress.store()
     assert runs.root().parts[-2:] == ("memloc", "runs")
