@@ -215,7 +215,13 @@ def delete(address: str) -> int:
 
 @contextmanager
 def locked(address: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold a run against all other processes; whoever comes second waits. A killed process lets go."""
+    """Hold a run against all other processes; whoever comes second waits. A killed process lets go.
+
+    A store that this process cannot write is read without a lock.
+    """
+    if root().is_dir() and not os.access(root(), os.W_OK):
+        yield
+        return
     folder = root() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / address, blocking=wait):
@@ -362,8 +368,15 @@ def _json(value: object) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): make room for it, then train again; what was kept is used"
+        ) from error
 
 
 def _remove(folder: Path) -> None:

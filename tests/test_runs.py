@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -223,6 +224,28 @@ def test_a_run_that_is_being_trained_is_not_deleted(own_run_store):
     with runs.locked("abc"), pytest.raises(BlockingIOError, match="run abc is being trained by a process: end that"):
         runs.delete("abc")
     assert runs.Writer("abc", Recipe()).resume({"seen"}, {0}) is not None
+
+
+def test_a_full_disk_is_told_with_what_to_do_and_leaves_nothing_half_written(monkeypatch, own_run_store):
+    def write_half(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = write(finish=False)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\): make room") as refused:
+        writer.keep({"epoch": 3, "seconds": 0.0}, tensors(3), set())
+    assert "\n" not in str(refused.value)
+    assert not list((own_run_store / "abc.partial").glob(".*"))
+    assert runs.Writer("abc", Recipe()).resume({"seen"}, {0})["count"].item() == 12
+
+
+def test_a_store_that_cannot_be_written_is_read_without_a_lock(monkeypatch, own_run_store):
+    write()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with runs.locked("abc"):
+        assert runs.find("abc", Recipe()).epochs == [0, 2]
+    assert not (own_run_store / ".locks").exists()
 
 
 def test_what_a_killed_process_was_writing_is_cleared_away(own_run_store):
