@@ -275,10 +275,11 @@ def layer_groups(model: nn.Module) -> dict[str, list[str]]:
         >>> layer_groups(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)))
         {'0': ['0.weight', '0.bias', '1.weight', '1.bias'], '3': ['3.weight', '3.bias']}
     """
-    declared = getattr(model, "layer_groups", None)
-    if not callable(declared):
+    # Asked of the class, because a compiled network passes on its original's methods, whose names are not its own.
+    declared = getattr(type(model), "layer_groups", None)
+    if declared is None:
         return _default_groups(model)
-    groups: dict[str, list[str]] = declared()
+    groups: dict[str, list[str]] = declared(model)
     times = Counter(name for names in groups.values() for name in names)
     wrong = [name for name, _ in model.named_parameters() if times.pop(name, 0) != 1] + list(times)
     if wrong:

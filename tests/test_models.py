@@ -169,6 +169,18 @@ def test_groups_that_a_network_declares_are_taken_and_checked():
             models.layer_groups(model)
 
 
+def test_a_wrapper_that_passes_on_its_networks_methods_has_groups_of_its_own():
+    class Compiled(nn.Module):  # behaves as what torch.compile returns
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+    assert every_parameter_once(Compiled(models.resnet9(width=4)))
+
+
 def test_channels_are_the_outputs_of_every_weight_layer():
     model = nn.Sequential(nn.ConvTranspose2d(3, 6, 3), nn.Conv1d(6, 4, 1), nn.ReLU(), nn.Linear(4, 2))
     assert models.channels(model) == {"0": 6, "1": 4, "3": 2}
