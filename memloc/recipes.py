@@ -110,7 +110,7 @@ class Recipe(Settings):
 
     @property
     def address(self) -> str:
-        """The name under which :func:`fit` keeps the run."""
+        """The name under which :func:`memloc.training.fit` keeps the run."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return runs.address(chosen, VERSION)
 
@@ -130,8 +130,8 @@ def learning_rate(settings: Settings, done: float) -> float:
 
     Args:
         settings: Peak, schedule and number of epochs.
-        done: Share of the training that is over, from 0 to 1. :func:`train` takes the middle of each step, so no
-            step has a rate of zero.
+        done: Share of the training that is over, from 0 to 1. :func:`memloc.training.train` takes the middle of each
+            step, so no step has a rate of zero.
 
     Returns:
         The learning rate.

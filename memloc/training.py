@@ -295,7 +295,8 @@ def train(
         evaluation mode; NaN where there are no such examples), ``seconds``.
 
     Raises:
-        ValueError: If the network cannot take the images, or a frozen layer group is unknown.
+        ValueError: If the network cannot take the images or the last batch, a frozen layer group is unknown, or no
+            parameter is left to train.
 
     Source:
         Maini et al. (2023), reference code, sections 1.4 and 2a of its description.

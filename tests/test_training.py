@@ -44,11 +44,11 @@ def test_training_lowers_the_loss_and_the_history_has_a_row_for_every_epoch(tiny
 
 
 def test_a_step_is_that_of_an_explicit_loop_with_torchs_optimizer(tiny):
-    settings = Settings(epochs=2, batch_size=24, learning_rate=0.1)
+    settings = Settings(epochs=2, batch_size=24, learning_rate=0.1, momentum=0.7, weight_decay=0.01)
     model, oracle = network(tiny), network(tiny).to(tiny.train.images.device)
     train(model, tiny, settings)
 
-    optimizer = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.7, weight_decay=0.01)
     done = 0
     for epoch in (1, 2):
         order = torch.randperm(64, generator=training.generator(0, "order", epoch))
@@ -150,6 +150,28 @@ def test_observers_see_every_example_and_change_nothing(tiny, precision):
     assert sorted(observer.seen) == sorted(2 * list(range(64)))
     assert len(observer.gradients) == 6
     assert all(norm > 0 for norm in observer.gradients)
+
+
+def test_gradients_too_small_for_fp16_are_not_lost(tiny):
+    def hardly_any(logits, batch):
+        return 1e-7 * nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+
+    model = network(tiny)
+    before = weights(model)
+    settings = Settings(epochs=1, learning_rate=1e6, momentum=0, weight_decay=0, precision="fp16")
+    train(model, tiny, settings, loss=hardly_any)
+    assert not any(torch.equal(before[name], value.cpu()) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_close_to_full_and_observers_see_gradients_of_the_same_size(tiny, precision):
+    full, low, seen = network(tiny), network(tiny), {}
+    for model, chosen in ((full, "fp32"), (low, precision)):
+        observer = Nosy()
+        train(model, tiny, Settings(epochs=1, batch_size=64, precision=chosen), observers=[observer])
+        seen[chosen] = observer.gradients
+    assert seen[precision] == pytest.approx(seen["fp32"], rel=0.1)
+    assert not same(weights(full), weights(low))
 
 
 def test_the_predictions_and_checkpoints_are_those_after_each_epoch(tiny):
