@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import evaluation, labelnoise, models, runs, training
+from memloc import datasets, evaluation, labelnoise, models, runs, training
 from memloc.randomness import seeded
 from memloc.recipes import VERSION, Recipe, Settings, learning_rate
 from memloc.training import fit, train
@@ -82,6 +82,19 @@ def test_a_networks_own_dropout_depends_on_the_seed_too(tiny):
     assert same(trained(), trained())
 
 
+def test_a_network_draws_other_numbers_in_every_epoch_and_under_every_seed(tiny):
+    class Draws(nn.Linear):
+        def forward(self, images):
+            if self.training:
+                drawn.append(torch.rand(()).item())
+            return super().forward(images.flatten(1))
+
+    drawn = []
+    for seed in (0, 1):
+        train(Draws(64, 10), tiny, Settings(epochs=2, batch_size=64, seed=seed))
+    assert len(set(drawn)) == 4
+
+
 @pytest.mark.usefixtures("global_generator_untouched")
 def test_a_network_that_drops_in_evaluation_too_has_a_history_that_depends_on_the_seed(tiny):
     class AlwaysDrops(nn.Linear):
@@ -94,6 +107,44 @@ def test_a_network_that_drops_in_evaluation_too_has_a_history_that_depends_on_th
         return train(model, tiny, Settings(epochs=2, batch_size=64)).drop(columns="seconds")
 
     pd.testing.assert_frame_equal(history(), history())
+
+
+def test_every_batch_holds_what_its_indices_say(tiny):
+    def checked(logits, batch):
+        for field in ("images", "labels", "noise_mask"):
+            assert torch.equal(getattr(batch, field), getattr(tiny.train, field)[batch.indices]), field
+        return training.cross_entropy(logits, batch)
+
+    train(network(tiny), tiny, Settings(epochs=1, batch_size=24), loss=checked)
+
+
+def test_a_network_in_evaluation_mode_is_trained_in_training_mode(tiny):
+    model = network(tiny).eval()
+    before = weights(model)
+    train(model, tiny, Settings(epochs=1))
+    assert not torch.equal(weights(model)["conv1.1.running_mean"], before["conv1.1.running_mean"])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_and_weights_are_laid_out_as_asked_in_training_and_evaluation(tiny, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    data = datasets.load("digits", examples=64, size=12)
+    images, test = data.train.images.expand(-1, 3, -1, -1), data.test.images.expand(-1, 3, -1, -1)
+    data = datasets.from_arrays(images, data.train.labels, test, data.test.labels, device=tiny.train.images.device)
+    model, seen = models.small_cnn(3, width=4), []
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append((len(inputs[0]), inputs[0].is_contiguous(memory_format=memory_format)))
+    )
+    train(model, data, Settings(epochs=1, channels_last=channels_last))
+    assert model.conv1[0].weight.is_contiguous(memory_format=memory_format)
+    assert {right for size, right in seen if size > 1} == {True}  # a first image alone only tries the network
+
+
+def test_the_history_is_measured_in_the_precision_of_the_training(tiny):
+    model = network(tiny)
+    history = train(model, tiny, Settings(epochs=1, precision="bf16"))
+    assert history.loss.iloc[-1] == evaluation.evaluate(model, tiny, precision="bf16").loss
+    assert history.loss.iloc[-1] != evaluation.evaluate(model, tiny).loss
 
 
 def test_frozen_layer_groups_do_not_move_and_can_be_trained_again_afterwards(tiny):
@@ -186,6 +237,10 @@ def test_the_predictions_and_checkpoints_are_those_after_each_epoch(tiny):
     assert list(checkpoints.states) == [0, 2]
     assert same(checkpoints.states[0], before)
     assert same(checkpoints.states[2], weights(model))
+    again = training.Checkpoints()
+    again.restore(checkpoints.table())
+    assert list(again.states) == [0, 2]
+    assert all(same(again.states[epoch], checkpoints.states[epoch]) for epoch in (0, 2))
 
 
 @pytest.mark.parametrize("batch_size", [1, 63, 64, 1000])
@@ -279,6 +334,12 @@ def test_fit_trains_what_train_trains(tiny):
     history = train(model, data, recipe)
     assert same(run.checkpoint(3), weights(model))
     assert same(weights(training.load_model(run)), weights(model))
+    assert same(weights(training.load_model(run, 1)), run.checkpoint(1))
+    assert next(training.load_model(run, device="meta").parameters()).is_meta
+    assert run.provenance == {
+        "shape": {"in_channels": 1, "size": 8, "num_classes": 10}, "version": VERSION, "torch": torch.__version__,
+        "device": "cpu", "seconds": pytest.approx(run.history.seconds.sum()),
+    }  # fmt: skip
     pd.testing.assert_frame_equal(run.history.drop(columns="seconds"), history.drop(columns="seconds"))
 
 
