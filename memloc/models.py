@@ -213,7 +213,7 @@ def check_images(model: nn.Module, images: Tensor, num_classes: int | None = Non
     """
     shape, name = tuple(images.shape[1:]), type(model).__name__.lstrip("_")
     try:
-        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
+        with torch.no_grad(), randomness.seeded(0, "trial"), evaluation_mode(model):
             logits = model(images[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # torchvision's ViT asserts
         reason = str(error).partition("\n")[0].rstrip(". ")

@@ -59,6 +59,7 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
         >>> bool((torch.get_rng_state() == before).all())
         True
     """
-    with torch.random.fork_rng():
+    # Named one by one, because torch warns where it has to find several GPUs itself.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, *purpose))
         yield

@@ -17,6 +17,17 @@ def test_another_purpose_or_seed_gives_other_numbers():
     assert len(draws) == 8
 
 
+def test_a_seeded_block_restores_every_gpu_without_a_warning(monkeypatch):
+    states = {0: torch.tensor(5), 1: torch.tensor(6)}
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state}))
+    with randomness.seeded(0, "init"):
+        assert restored == {}
+    assert restored == states
+
+
 def test_a_seeded_block_restores_the_global_generator_even_after_an_error():
     before = torch.get_rng_state()
     try:
