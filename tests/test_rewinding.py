@@ -122,6 +122,21 @@ def test_the_sweep_agrees_with_an_explicit_loop(trained, tiny, batch_norm):
     assert [found for row in sweep.accuracies for found in row] == by_hand(model, states, tiny, groups, batch_norm, 40)
     assert same(before, model.state_dict())
     assert model.training
+    assert model.conv1[1].momentum == 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sweep_runs_in_the_precision_and_layout_asked_for(tiny, precision):
+    model, seen = models.small_cnn(3, width=2).to(tiny.train.images.device), set()
+    images = torch.rand(4, 3, 8, 8)
+    data = datasets.from_arrays(images, torch.arange(4), images, torch.arange(4), device=tiny.train.images.device)
+
+    def look(module, inputs, output):
+        seen.add((output.dtype, inputs[0].is_contiguous(memory_format=torch.channels_last)))
+
+    model.conv0[0].register_forward_hook(look)
+    rewind_sweep(model, {0: model.state_dict()}, data, precision=precision, channels_last=True)
+    assert seen == {(evaluation.PRECISIONS[precision], True)}
 
 
 @pytest.mark.parametrize("batch_norm", ["keep", "rewind", "recalibrate"])
