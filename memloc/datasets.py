@@ -276,7 +276,7 @@ def _as_images(argument: str, images: Tensor | np.ndarray, device: torch.device 
 
 def _as_labels(argument: str, labels: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     tensor = _as_tensor(labels)
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{argument} must be integers (N,), got {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.to(device, torch.int64, copy=True)
 

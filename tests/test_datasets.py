@@ -144,6 +144,7 @@ def test_there_may_be_one_class_and_no_test_example(images):
         ({"test_images": np.zeros((6, 3, 5, 5))}, r"same \(C, H, W\), got \(3, 5, 7\) and \(3, 5, 5\)"),
         ({"labels": np.zeros(6)}, r"labels must be integers \(N,\), got torch.float64 \(6,\)"),
         ({"labels": np.zeros(6, bool)}, "labels must be integers .* got torch.bool"),
+        ({"labels": np.zeros(6, complex)}, "labels must be integers .* got torch.complex128"),
         ({"labels": np.zeros(5, int)}, r"labels must be int64 \(6,\), one per image, got torch.int64 \(5,\)"),
         ({"labels": np.full(6, -1)}, r"labels must be from 0 to 2 \(3 classes\), got -1 to -1"),
         ({"test_labels": np.zeros((6, 1), int)}, "test_labels must be"),

@@ -423,6 +423,15 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(monkeypatch
     assert list(whole.history.loss) == list(resumed.history.loss)
 
 
+def test_the_scale_of_the_gradients_is_taken_up_again(tiny):
+    settings = Settings(epochs=1, precision="fp16")
+    first, second = (training._Loop(network(tiny), tiny, settings, training.cross_entropy, []) for _ in range(2))
+    first.epoch(1)
+    first.scaler.update(1024.0)
+    second.load(first.state())
+    assert second.scaler.get_scale() == 1024
+
+
 def test_an_interrupted_training_with_other_wishes_starts_anew(monkeypatch):
     recipe, original = Recipe(**QUICK), training._Loop.epoch
     monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: original(loop, epoch) if epoch < 2 else 1 / 0)
