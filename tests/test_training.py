@@ -43,6 +43,12 @@ def test_training_lowers_the_loss_and_the_history_has_a_row_for_every_epoch(tiny
     }
 
 
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_bar_is_shown_when_asked_for_and_otherwise_on_a_terminal_only(tiny, capsys, progress):
+    train(network(tiny), tiny, Settings(epochs=1), progress=progress)
+    assert ("2/2" in capsys.readouterr().err) == (progress is True)
+
+
 def test_a_step_is_that_of_an_explicit_loop_with_torchs_optimizer(tiny):
     settings = Settings(epochs=2, batch_size=24, learning_rate=0.1, momentum=0.7, weight_decay=0.01)
     model, oracle = network(tiny), network(tiny).to(tiny.train.images.device)
