@@ -158,6 +158,24 @@ def test_the_table_has_a_row_for_every_choice_and_epoch(trained, tiny):
     assert table.noisy_accuracy.between(0, 1).all()
 
 
+def test_what_is_lost_is_the_controls_accuracy_less_the_rewound_networks(trained, tiny):
+    model, states = trained
+    sweep = rewind_sweep(model, {0: states[0]}, tiny)
+    table = sweep.table()
+    assert table.clean_lost.max() > 0
+    for name in ("clean", "noisy", "restored", "test"):
+        lost = getattr(sweep.final, name) - table[f"{name}_accuracy"]
+        assert list(table[f"{name}_lost"]) == pytest.approx(list(lost))
+
+
+def test_checkpoints_may_come_in_any_order(trained, tiny):
+    model, states = trained
+    tables = [rewind_sweep(model, {e: states[e] for e in order}, tiny).table() for order in ((0, 4), (4, 0))]
+    first, second = (table.sort_values(["layer_group", "epoch"]).reset_index(drop=True) for table in tables)
+    assert first.equals(second)
+    assert not first[first.epoch == 0].clean_accuracy.equals(first[first.epoch == 4].clean_accuracy)
+
+
 def test_a_sweep_without_checkpoints_is_refused(trained, tiny):
     with pytest.raises(ValueError, match="checkpoints must hold at least one epoch"):
         rewind_sweep(trained[0], {}, tiny)
