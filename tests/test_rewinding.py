@@ -326,3 +326,11 @@ def test_a_layer_that_only_the_rewound_network_calls_again_is_run_again(device):
     model, states = CallsAgain(1.0).to(device), {0: CallsAgain(10.0).state_dict()}
     sweep = rewind_sweep(model, states, data, groups={"second": ["second"]}, batch_size=2)
     assert (sweep.final.test, sweep.accuracies[0][0].test) == (0.5, 1.0)
+
+
+def test_a_layer_whose_forward_was_replaced_keeps_it(tiny):
+    model = models.mlp(64, width=4).to(tiny.train.images.device)
+    model.linear0.forward = replaced = model.relu0.forward
+    model.linear1 = nn.Linear(64, 4).to(tiny.train.images.device)
+    rewind_sweep(model, {0: model.state_dict()}, tiny)
+    assert vars(model.linear0)["forward"] is replaced
