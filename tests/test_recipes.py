@@ -3,7 +3,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from memloc import recipes
+from memloc import recipes, runs
 from memloc.recipes import VERSION, Recipe, Settings
 
 
@@ -74,6 +74,10 @@ def test_the_defaults_are_part_of_what_every_address_means():
         "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
         "seed": 0,
     }  # fmt: skip
+
+
+def test_fields_with_their_default_leave_the_address_alone():
+    assert Recipe(seed=1, epochs=50).address == runs.address({"seed": 1}, VERSION)
 
 
 def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):

@@ -94,6 +94,14 @@ def test_a_damaged_list_of_files_is_refused(own_run_store):
         runs.find("abc", Recipe())
 
 
+def test_an_unfinished_run_keeps_the_state_of_its_last_epoch_only(own_run_store):
+    write(finish=False)
+    folder = own_run_store / "abc.partial"
+    assert [path.name for path in folder.glob("resume_*")] == ["resume_002.safetensors"]
+    listed = json.loads((folder / "progress.json").read_text())["files"]
+    assert sorted(listed) == ["epoch_000.safetensors", "epoch_002.safetensors", "resume_002.safetensors"]
+
+
 def test_an_unfinished_run_is_not_found_but_taken_up():
     write(finish=False)
     assert runs.find("abc", Recipe()) is None
