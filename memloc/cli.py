@@ -125,7 +125,8 @@ def _list(options: argparse.Namespace) -> int:
             meaning = f"{about.meaning} ({', '.join(about.choices)})" if about.choices else about.meaning
             rows.append((f"  {name}", about.type.__name__, _word(default), meaning))
         _print_table(rows)
-        print()
+        presets = sorted(path.stem for path in (root / "book" / "presets" / chapter.name).glob("*.yaml"))
+        print(f"  presets for -f: {', '.join(presets) or 'none'}\n")
     return 0
 
 
@@ -152,8 +153,8 @@ def _run(options: argparse.Namespace) -> int:
     chapters.check(chapter, values)
     if options.record:
         _check_recordable(options, root)
-    if options.o and (options.o.is_dir() or not options.o.absolute().parent.is_dir()):
-        raise UsageError(f"-o takes the path of a notebook in a folder that is there, got {str(options.o)!r}")
+    if options.o and (options.o.suffix != ".ipynb" or options.o.is_dir() or not options.o.absolute().parent.is_dir()):
+        raise UsageError(f"-o takes the path of an .ipynb file in a folder that is there, got {str(options.o)!r}")
 
     line = _Line()
     try:

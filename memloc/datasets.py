@@ -52,6 +52,10 @@ class Split:
     true_labels: Tensor
     noise_mask: Tensor
 
+    def __repr__(self) -> str:
+        shape, noisy = tuple(self.images.shape), int(self.noise_mask.sum())
+        return f"Split(images {shape}, {noisy} noisy, on {self.images.device})"
+
     @property
     def indices(self) -> Tensor:
         """Position of every example in the split. Int64, shape ``(N,)``, on the device of the images."""
@@ -270,6 +274,8 @@ def _as_images(argument: str, images: Tensor | np.ndarray, device: torch.device 
         raise ValueError(f"{argument} must be {expected}, got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.shape[3] in (1, 3) and tensor.shape[1] == tensor.shape[2] > 3:
         raise ValueError(f"{argument} must have channels first, got {tuple(tensor.shape)}: transpose to (0, 3, 1, 2)")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{argument} must be finite, got NaN or infinity: clean the data first")
     scaled = tensor.to(device).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return scaled.div_(255).sub_(0.5).div_(0.5) if tensor.dtype == torch.uint8 else scaled
 

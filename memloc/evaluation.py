@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from memloc.datasets import Data, Split
 from memloc.models import evaluation_mode
 
-__all__ = ["PRECISIONS", "Accuracies", "Evaluation", "accuracies", "evaluate", "predict"]
+__all__ = ["PRECISIONS", "Accuracies", "Evaluation", "accuracies", "classes", "evaluate", "predict"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,6 +82,22 @@ def predict(
     return torch.cat(logits)
 
 
+def classes(logits: Tensor) -> Tensor:
+    """Take the class with the largest logit; −1, which is never right, where a logit is NaN.
+
+    Args:
+        logits: Shape ``(N, K)``.
+
+    Returns:
+        Int64, shape ``(N,)``.
+
+    Example:
+        >>> classes(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))
+        tensor([ 1, -1])
+    """
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
 def accuracies(train_predictions: Tensor, train: Split, test_predictions: Tensor, test: Split) -> Accuracies:
     """Compute the four accuracies from predicted classes.
 
@@ -119,9 +135,9 @@ def evaluate(
         predict(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last)
         for split in (data.train, data.test)
     )
-    predictions = logits.argmax(1)
+    predictions = classes(logits)
     return Evaluation(
         loss=F.cross_entropy(logits, data.train.labels).item(),
-        accuracies=accuracies(predictions, data.train, test_logits.argmax(1), data.test),
+        accuracies=accuracies(predictions, data.train, classes(test_logits), data.test),
         predictions=predictions,
     )

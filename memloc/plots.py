@@ -132,8 +132,10 @@ def gallery(images: Tensor, titles: Sequence[str], columns: int = 6) -> Sequence
         columns: Images in a row.
 
     Returns:
-        The axes, one an image.
+        The axes, one an image; without images one that says so.
     """
+    if not len(images):
+        return _panels([])
     rows = max(1, -(-len(images) // columns))
     figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.85 * rows), squeeze=False)
     figure.set_facecolor("white")
@@ -164,7 +166,7 @@ def rewinding(table: pd.DataFrame) -> Sequence[Axes]:
     axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.9))[1]
     for each, column in zip(axes, ("clean_accuracy", "noisy_accuracy"), strict=True):
         label, _, _, marker = _CURVES[column]
-        colors = mpl.colormaps["viridis_r"](np.linspace(0.3, 1, len(epochs)))
+        colors = mpl.colormaps["viridis_r"](np.linspace(0.45, 1, len(epochs)))
         for epoch, color in zip(epochs, colors, strict=True):
             rows = table[table.epoch == epoch].groupby("layer_group")[column].agg(["mean", "min", "max"]).loc[groups]
             each.plot(groups, rows["mean"], color=color, marker=marker, label=str(epoch))
@@ -248,7 +250,7 @@ def _panels(titles: Sequence[str]) -> list[Axes]:
     for empty in axes[len(titles) :]:
         empty.set_axis_off()
     if not titles:
-        axes[0].text(0.5, 0.5, "nothing recorded yet", ha="center", va="center", transform=axes[0].transAxes)
+        axes[0].text(0.5, 0.5, "nothing to show yet", ha="center", va="center", transform=axes[0].transAxes)
     return axes
 
 

@@ -11,7 +11,7 @@ from memloc.evaluation import PRECISIONS
 __all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
 
 VERSION = 1
-"""Part of every run's address: raised whenever the same recipe would give other weights."""
+"""Part of every run's address, raised whenever the same recipe would give other weights."""
 
 SCHEDULES = ("cosine", "triangle")
 

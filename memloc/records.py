@@ -22,7 +22,7 @@ import memloc
 if TYPE_CHECKING:
     import pandas as pd
 
-VERDICTS = ("holds", "partly", "does not hold")
+VERDICTS = ("holds", "partly", "does not hold", "not tested")
 
 HIDDEN = "application/papermill.record/"  # myst-nb's: an output that is hidden until the text asks for it
 _RECORD = "record"
@@ -129,7 +129,7 @@ def record(
     Example:
         >>> record({"noisy-accuracy": 0.9512, "verdict": "maybe"})
         Traceback (most recent call last):
-        ValueError: verdict must be one of 'holds', 'partly', 'does not hold', got 'maybe'
+        ValueError: verdict must be one of 'holds', 'partly', 'does not hold', 'not tested', got 'maybe'
     """
     plain = {key: _scalar(key, value) for key, value in metrics.items()}
     if plain.get("verdict", VERDICTS[0]) not in VERDICTS:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from memloc.datasets import Data
-from memloc.evaluation import Accuracies, accuracies, autocast
+from memloc.evaluation import Accuracies, accuracies, autocast, classes
 from memloc.models import evaluation_mode, layer_groups
 
 __all__ = ["BATCH_NORM", "Rewinding", "last_groups", "rewind", "rewind_sweep"]
 
 BATCH_NORM = ("keep", "rewind", "recalibrate")
-"""What happens to the running statistics of batch-norm: they stay those of the final network (as in the reference
+"""What happens to the running statistics of batch-norm; they stay those of the final network (as in the reference
 code), go back with the layer group, or are computed anew from training images with the rewound weights."""
 
 
@@ -213,8 +213,10 @@ def rewind_sweep(
     Source:
         Maini et al. (2023), layer rewinding; test and restored accuracy are ours.
     """
-    if not checkpoints:
-        raise ValueError("checkpoints must hold at least one epoch, got none")
+    if not isinstance(checkpoints, Mapping) or not checkpoints:
+        raise ValueError(f"checkpoints must map at least one epoch to a state dict, got {type(checkpoints).__name__}")
+    if not isinstance(groups, Mapping | None):
+        raise ValueError(f"groups must map names to lists of layer groups, got {type(groups).__name__}")
     chosen = {name: [name] for name in layer_groups(model)} if groups is None else groups
     images = data.train.images[:calibration]
     tensors = _tensors(model)
@@ -287,7 +289,7 @@ class _SharedForward:
                 logits += [self._run_behind(calls, images, edit) for edit in self._edits]
             else:
                 logits += [self._run(images, edit) for edit in self._edits]
-        return torch.stack([each.argmax(1) for each in logits])
+        return torch.stack([classes(each) for each in logits])
 
     def _run(self, images: Tensor, edit: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(self._model, self._final | edit, (images,))

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row an epoch, from 0 (the initial weights): loss, accuracies (fractions), seconds."""
+        """One row an epoch, from 0 (the initial weights), with loss, accuracies (fractions) and seconds."""
         rows = _read_json(self.folder / "history.json", "rows")["rows"]
         return pd.DataFrame(rows).astype(float).astype({"epoch": int})  # JSON has null for NaN
 

@@ -127,12 +127,12 @@ def scoreboard(root: Path, executed: Mapping[str, Path]) -> str:
         rows.append(
             [
                 f"{metrics['claim']} [{chapter.title}]({name}.md)",
-                str(metrics["paper"]),
                 _verdict(metrics, chapter.parameters),
                 "<br>".join(real) or "not run yet",
+                str(metrics["paper"]),
             ]
         )
-    return _table(["Claim", "The paper says", "This build", "Real data"], rows)
+    return _table(["Claim", "This build", "Real data", "The paper says"], rows)
 
 
 def _verdict(metrics: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -15,17 +15,12 @@ from tqdm import tqdm
 
 from memloc import datasets, labelnoise, models, runs
 from memloc.datasets import Data
-from memloc.evaluation import Evaluation, autocast, evaluate
+from memloc.evaluation import autocast, evaluate
+from memloc.observers import Batch, Observer
 from memloc.randomness import generator, seeded
 from memloc.recipes import VERSION, Recipe, Settings, check_one_of, learning_rate
 
 __all__ = [
-    "Batch",
-    "Checkpoints",
-    "Observer",
-    "Predictions",
-    "Recipe",
-    "Settings",
     "cross_entropy",
     "first_epoch",
     "fit",
@@ -37,115 +32,12 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The examples of one step, on the training's device.
-
-    Attributes:
-        images: Float32, shape ``(B, C, H, W)``.
-        labels: What the network is trained on. Int64, shape ``(B,)``.
-        noise_mask: Whether the label was replaced. Bool, shape ``(B,)``.
-        indices: Positions in the training set. Int64, shape ``(B,)``.
-    """
-
-    images: Tensor
-    labels: Tensor
-    noise_mask: Tensor
-    indices: Tensor
-
-
 Loss = Callable[[Tensor, Batch], Tensor]
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Compute the cross-entropy of each example in nats, shape ``(B,)``: the default loss of :func:`train`."""
     return F.cross_entropy(logits, batch.labels, reduction="none")
-
-
-class Observer:
-    """Watches a training without changing it: override what you need.
-
-    Take random numbers from a generator of your own (:func:`memloc.randomness.generator`): torch's global ones belong
-    to the network's dropout.
-
-    Attributes:
-        name: Under which :meth:`table` is kept in a run; a word such as ``predictions``.
-    """
-
-    name: str
-
-    def before_backward(self, model: nn.Module, losses: Tensor, batch: Batch) -> None:
-        """See each example's loss, shape ``(B,)``, its graph still alive, before the gradients are computed."""
-
-    def after_backward(self, model: nn.Module, batch: Batch) -> None:
-        """See the gradients of the mean loss in ``parameter.grad``, before the step is taken."""
-
-    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """See the network and its evaluation after an epoch; epoch 0 is before training."""
-
-    def table(self) -> dict[str, Tensor]:
-        """Return all that was seen so far; a run keeps it."""
-        raise NotImplementedError
-
-    def restore(self, table: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`table` returned earlier."""
-        raise NotImplementedError
-
-
-class Predictions(Observer):
-    """Remembers the predicted class of every training example after every epoch.
-
-    The table holds ``predictions``: int16, shape ``(T + 1, N)``, row 0 before training.
-    """
-
-    name = "predictions"
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-
-    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """Add a row."""
-        self._rows.append(evaluation.predictions.to("cpu", torch.int16))
-
-    def table(self) -> dict[str, Tensor]:
-        """Return the rows so far."""
-        return {"predictions": torch.stack(self._rows)}
-
-    def restore(self, table: Mapping[str, Tensor]) -> None:
-        """Take up earlier rows."""
-        self._rows = list(table["predictions"])
-
-
-class Checkpoints(Observer):
-    """Keeps weights and buffers in memory, for a training of your own that no run keeps.
-
-    Args:
-        epochs: Which epochs to keep, 0 for the initial weights; None keeps all.
-
-    Attributes:
-        states: State dicts by epoch, on the CPU.
-    """
-
-    name = "checkpoints"
-
-    def __init__(self, epochs: Iterable[int] | None = None):
-        self._wanted = None if epochs is None else set(epochs)
-        self.states: dict[int, dict[str, Tensor]] = {}
-
-    def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """Copy the state dict if it is wanted."""
-        if self._wanted is None or epoch in self._wanted:
-            self.states[epoch] = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-
-    def table(self) -> dict[str, Tensor]:
-        """Return every tensor under ``epoch.name``."""
-        return {f"{epoch}.{name}": value for epoch, state in self.states.items() for name, value in state.items()}
-
-    def restore(self, table: Mapping[str, Tensor]) -> None:
-        """Take up earlier states."""
-        for key, value in table.items():
-            epoch, _, name = key.partition(".")
-            self.states.setdefault(int(epoch), {})[name] = value
 
 
 class _Loop:
@@ -282,7 +174,7 @@ def train(
     Args:
         model: Any network that gives logits of shape ``(B, K)``. It is moved to the device of the data.
         data: Training and test examples.
-        settings: How to train; a :class:`Recipe` will do.
+        settings: How to train; a :class:`memloc.recipes.Recipe` will do.
         loss: Gives the loss of each example, shape ``(B,)``, from logits and batch; the step follows their mean.
         frozen: Layer groups (:func:`memloc.models.layer_groups`) whose parameters stay as they are. Batch-norm
             statistics are buffers, not parameters, and move all the same.
@@ -427,6 +319,7 @@ def fit(
         FileNotFoundError: If the data are not on this machine.
         OSError: If what is on disk is not what was written; the message says what to do.
     """
+    device = pick_device(str(device))
     wanted = {recipe.epochs, *(range(recipe.epochs + 1) if checkpoints is None else checkpoints)}
     if not wanted <= set(range(recipe.epochs + 1)):
         raise ValueError(f"checkpoints must be epochs from 0 to {recipe.epochs}, got {sorted(wanted)}")
@@ -487,7 +380,8 @@ def learned_epoch(predictions: Tensor, labels: Tensor) -> Tensor:
     """Find the epoch from which each example is right until the end of the training.
 
     Args:
-        predictions: Predicted class after each epoch, from 0 (:class:`Predictions`). Integer, shape ``(T + 1, N)``.
+        predictions: Predicted class after each epoch, from 0 (:class:`memloc.observers.Predictions`). Integer, shape
+            ``(T + 1, N)``.
         labels: What counts as right. Integer, shape ``(N,)``.
 
     Returns:

@@ -299,3 +299,14 @@ def test_a_real_file_without_its_last_byte_is_refused(real_data, tmp_path, name,
     os.truncate(tmp_path / file, (real_data / file).stat().st_size - 1)
     with pytest.raises(ValueError, match=f"{Path(file).name} is truncated or altered.*memloc data get {name}"):
         datasets.load(name, root=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused(value):
+    images, labels = torch.full((2, 1, 4, 4), value), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="images must be finite, got NaN or infinity"):
+        datasets.from_arrays(images, labels, images[:0], labels[:0])
+
+
+def test_data_are_shown_in_a_line_not_as_their_pixels():
+    assert repr(datasets.load("digits", examples=3).train) == "Split(images (3, 1, 8, 8), 0 noisy, on cpu)"

@@ -48,6 +48,15 @@ def test_an_accuracy_over_no_examples_is_nan():
     assert math.isnan(found.restored)
 
 
+def test_a_network_that_has_diverged_is_never_right():
+    class Diverged(nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 10), float("nan"))
+
+    data = data_with([0, 0, 0], [0, 0, 1], [0, 0, 0], [0], [0])
+    assert evaluation.evaluate(Diverged(), data).accuracies == evaluation.Accuracies(0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_test_set_may_be_empty(name):
     images = torch.zeros(3, 1, 12, 12)

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from memloc import datasets, evaluation, models, vision
+from memloc.observers import Checkpoints
+from memloc.recipes import Settings
 from memloc.rewinding import BATCH_NORM, last_groups, rewind, rewind_sweep
-from memloc.training import Checkpoints, Settings, train
+from memloc.training import train
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def test_checkpoints_may_come_in_any_order(trained, tiny):
 
 
 def test_a_sweep_without_checkpoints_is_refused(trained, tiny):
-    with pytest.raises(ValueError, match="checkpoints must hold at least one epoch"):
+    with pytest.raises(ValueError, match="checkpoints must map at least one epoch to a state dict, got dict"):
         rewind_sweep(trained[0], {}, tiny)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import datasets, evaluation, labelnoise, models, runs, training
+from memloc import datasets, evaluation, labelnoise, models, observers, runs, training
 from memloc.randomness import seeded
 from memloc.recipes import VERSION, Recipe, Settings, learning_rate
 from memloc.training import fit, train
@@ -174,7 +174,7 @@ def test_a_loss_of_ones_own_is_what_is_minimised(tiny):
     assert (predicted == 3).all()
 
 
-class Nosy(training.Observer):
+class Nosy(observers.Observer):
     """Looks at everything and draws random numbers."""
 
     name = "nosy"
@@ -202,7 +202,7 @@ def test_observers_see_every_example_and_change_nothing(tiny, precision):
     plain, watched, observer = network(tiny), network(tiny), Nosy()
     settings = Settings(epochs=2, batch_size=24, precision=precision, channels_last=True)
     train(plain, tiny, settings)
-    train(watched, tiny, settings, observers=[observer, training.Predictions(), training.Checkpoints()])
+    train(watched, tiny, settings, observers=[observer, observers.Predictions(), observers.Checkpoints()])
     assert same(weights(plain), weights(watched))
     assert sorted(observer.seen) == sorted(2 * list(range(64)))
     assert len(observer.gradients) == 6
@@ -229,24 +229,6 @@ def test_low_precision_is_close_to_full_and_observers_see_gradients_of_the_same_
         seen[chosen] = observer.gradients
     assert seen[precision] == pytest.approx(seen["fp32"], rel=0.1)
     assert not same(weights(full), weights(low))
-
-
-def test_the_predictions_and_checkpoints_are_those_after_each_epoch(tiny):
-    model, predictions, checkpoints = network(tiny), training.Predictions(), training.Checkpoints([0, 2])
-    before = weights(model)
-    history = train(model, tiny, Settings(epochs=2), observers=[predictions, checkpoints])
-    table = predictions.table()["predictions"]
-    assert table.shape == (3, 64)
-    clean = ~tiny.train.noise_mask.cpu()
-    right = (table == tiny.train.labels.cpu())[:, clean].double().mean(1)
-    assert right.tolist() == pytest.approx(list(history.clean_accuracy))
-    assert list(checkpoints.states) == [0, 2]
-    assert same(checkpoints.states[0], before)
-    assert same(checkpoints.states[2], weights(model))
-    again = training.Checkpoints()
-    again.restore(checkpoints.table())
-    assert list(again.states) == [0, 2]
-    assert all(same(again.states[epoch], checkpoints.states[epoch]) for epoch in (0, 2))
 
 
 @pytest.mark.parametrize("batch_size", [1, 63, 64, 1000])
@@ -350,9 +332,9 @@ def test_fit_trains_what_train_trains(tiny):
 
 
 def test_a_whole_run_is_loaded_and_not_trained_again(monkeypatch):
-    first = fit(Recipe(**QUICK), observers=[training.Predictions()])
+    first = fit(Recipe(**QUICK), observers=[observers.Predictions()])
     monkeypatch.delattr(training._Loop, "epoch")
-    observer = training.Predictions()
+    observer = observers.Predictions()
     again = fit(Recipe(**QUICK), checkpoints=[0, 3], observers=[observer])
     assert again == first
     assert torch.equal(observer.table()["predictions"], first.table("predictions")["predictions"])
@@ -360,7 +342,7 @@ def test_a_whole_run_is_loaded_and_not_trained_again(monkeypatch):
 
 def test_a_run_that_lacks_an_epoch_or_an_observer_is_trained_again_and_keeps_what_it_had():
     recipe = Recipe(**QUICK)
-    few = fit(recipe, checkpoints=[1], observers=[training.Predictions()])
+    few = fit(recipe, checkpoints=[1], observers=[observers.Predictions()])
     assert few.epochs == [1, 3]
     before = few.checkpoint(1), few.table("predictions")
     more = fit(recipe, checkpoints=[0], observers=[Nosy()])
