@@ -16,6 +16,8 @@ from memloc import chapters, records
 
 PACKAGE = Path(__file__).parent
 
+# Modules that run the book; the reference has them after those that a reader imports.
+_MACHINERY = {"book", "chapters", "cli", "notebooks", "pages", "parameters", "progress", "records", "staging"}
 _REPOSITORY = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 
 
@@ -182,7 +184,7 @@ def modules(root: Path, executed: Mapping[str, Path]) -> str:
         Markdown, one section for each module whose name has no underscore in front.
     """
     rows, sections = [], []
-    for path in sorted(PACKAGE.glob("[!_]*.py")):
+    for path in sorted(PACKAGE.glob("[!_]*.py"), key=lambda path: (path.stem in _MACHINERY, path.stem)):
         summary, _, _ = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")
         rows.append([f"[memloc.{path.stem}](api-{path.stem})", summary.replace("\n", " ")])
         directive = f"```{{eval-rst}}\n.. automodule:: memloc.{path.stem}\n```"

@@ -324,33 +324,6 @@ def test_with_a_repository_the_buttons_open_its_generated_notebooks(project: Sma
     assert f"memloc @ git+{URL}" in "".join(first["source"])
 
 
-def test_notebooks_for_readers_are_not_executed_and_keep_their_tags(small_book: SmallBook) -> None:
-    write_chapter(small_book, "training", 0.7)
-    shutil.copy(ROOT / "_config.yml", small_book.root)
-    notebook = json.loads(notebooks.write(small_book.root)["training"].read_text())
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert code[0]["metadata"]["tags"] == ["parameters"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert "%pip" not in json.dumps(notebook)
-
-
-def test_notebooks_are_the_same_each_time_they_are_written(small_book: SmallBook) -> None:
-    write_chapter(small_book, "training", 0.7)
-    shutil.copy(ROOT / "_config.yml", small_book.root)
-    first = notebooks.write(small_book.root)["training"].read_text()
-    assert notebooks.write(small_book.root)["training"].read_text() == first
-
-
-def test_a_preset_is_put_into_the_notebook_after_the_settings(small_book: SmallBook) -> None:
-    write_chapter(small_book, "training", 0.7)
-    shutil.copy(ROOT / "_config.yml", small_book.root)
-    path = notebooks.write(small_book.root, preset="smallest", folder=small_book.root / "presets")["training"]
-    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert code[1]["metadata"]["tags"] == ["injected-parameters"]
-    assert "seed = 3" in "".join(code[1]["source"])
-
-
 @pytest.mark.slow
 def test_stock_papermill_runs_a_notebook_for_readers(built: SmallBook, tmp_path: Path) -> None:
     notebook = built.root / "_build" / "notebooks" / "training.ipynb"
@@ -358,58 +331,6 @@ def test_stock_papermill_runs_a_notebook_for_readers(built: SmallBook, tmp_path:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "seed = 5" in (tmp_path / "out.ipynb").read_text()
-
-
-def test_recorded_results_stand_beside_this_build_and_say_when_the_method_changed(
-    small_book: SmallBook, executed_with: Callable[[str], Path]
-) -> None:
-    write_chapter(small_book, "training", 0.7)
-    result = {
-        "metrics": {"verdict": "partly"},
-        "tables": {},
-        "parameters": {"dataset": "cifar10", "examples": 10_000, "model": "resnet9", "width": 16, "seeds": 3},
-        "module_sha256": "of another time",
-    }
-    folder = small_book.root / "book" / "results" / "training"
-    folder.mkdir(parents=True)
-    (folder / "cifar10.json").write_text(json.dumps(result))
-    table = staging.scoreboard(small_book.root, {"training": executed_with("holds")})
-    assert "**holds**: digits, 1 seed" in table
-    assert "**partly**: cifar10, 10,000 examples, resnet9, width 16, 3 seeds (the method has changed since)" in table
-
-
-@pytest.fixture
-def executed_with(tmp_path: Path) -> Callable[[str], Path]:
-    """Make the executed notebook of a chapter that recorded a verdict."""
-
-    def write(verdict: str) -> Path:
-        record = {"metrics": {"claim": "It is so.", "paper": "it is so", "verdict": verdict}}
-        prefix = "application/papermill.record/"
-        output = {
-            "output_type": "display_data",
-            "metadata": {"scrapbook": {"name": "record", "mime_prefix": prefix}},
-            "data": {prefix + "application/json": json.dumps(record)},
-        }
-        path = tmp_path / "executed.ipynb"
-        path.write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": [output]}], "metadata": {}}))
-        return path
-
-    return write
-
-
-def test_every_public_module_is_in_the_reference(small_book: SmallBook) -> None:
-    public = {path.stem for path in (ROOT / "memloc").glob("*.py") if not path.stem.startswith("_")}
-    text = staging.modules(small_book.root, {})
-    assert set(re.findall(r"automodule:: memloc\.(\w+)", text)) == public
-    assert set(re.findall(r"\(api-(\w+)\)=", text)) == public
-
-
-def test_every_marker_of_the_pages_is_filled_in() -> None:
-    known = {"scoreboard", "status", "modules"}
-    markers = {
-        page: set(re.findall(r"<!-- (\w+) -->", (ROOT / f"{page}.md").read_text())) for page in chapters.pages(ROOT)
-    }
-    assert set().union(*markers.values()) == known, markers
 
 
 VERDICTS = {"training": "holds", "rewinding": "partly"}  # of the chapters as written, on digits

@@ -95,7 +95,9 @@ def test_a_metric_that_is_no_scalar_is_refused(value):
 
 
 def test_a_verdict_of_other_words_is_refused():
-    with pytest.raises(ValueError, match="verdict must be one of 'holds', 'partly', 'does not hold', 'not tested', got 'true'"):
+    with pytest.raises(
+        ValueError, match="verdict must be one of 'holds', 'partly', 'does not hold', 'not tested', got 'true'"
+    ):
         records.record({"verdict": "true"})
 
 
