@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from memloc import chapters, plots
 
 PRESET = "cifar10-10k"
-FILE = Path(__file__).parent / "_static" / "figure.svg"
+FILE = Path(__file__).parent / "_static" / "figure.png"
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     left.set_title("what is memorized, and when")
     plots.treatment_bars(lost, "noisy_lost", right).legend(title="batch-norm statistics", fontsize=9)
     right.set_title("wrong labels lost when one layer is put back")
-    figure.savefig(FILE, metadata={"Date": None})
+    figure.savefig(FILE, dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":
