@@ -22,7 +22,7 @@ def main() -> None:
     left.set_title("what is memorized, and when")
     plots.treatment_bars(lost, "noisy_lost", right).legend(title="batch-norm statistics", fontsize=9)
     right.set_title("wrong labels lost when one layer is put back")
-    figure.savefig(FILE, dpi=130, metadata={"Software": None})
+    figure.savefig(FILE, dpi=130, facecolor="white", metadata={"Software": None})
 
 
 if __name__ == "__main__":
