@@ -282,6 +282,8 @@ def test_an_unknown_kind_is_refused(tiny_cifar10, kind):
 
 @pytest.mark.slow
 def test_the_published_human_labels_differ_from_cifar10_as_often_as_their_authors_say(real_data):
+    if not (real_data / "cifar-10n").is_dir():
+        pytest.skip("MEMLOC_DATA has no folder cifar-10n: this test needs the published human labels")
     data = datasets.load("cifar10", root=real_data)
     percent = {
         kind: round(100 * labelnoise.apply(data, kind, 0.0, 0, real_data).train.noise_mask.double().mean().item(), 2)
