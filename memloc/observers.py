@@ -36,9 +36,11 @@ class Observer:
 
     Attributes:
         name: Under which :meth:`table` is kept in a run; a word such as ``predictions``.
+        needs_graph: Whether it computes gradients itself, which a compiled network does not allow.
     """
 
     name: str
+    needs_graph = False
 
     def before_backward(self, model: nn.Module, losses: Tensor, batch: Batch) -> None:
         """See each example's loss, shape ``(B,)``, its graph still alive, before the gradients are computed."""

@@ -50,6 +50,9 @@ class _Loop:
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload] # torch's stub lacks it
         models.check_images(model, data.train.images, data.num_classes)
+        graphs = [observer.name for observer in observers if observer.needs_graph]
+        if settings.compile and graphs:
+            raise ValueError(f"compile must be False for observers that compute gradients, got True with {graphs}")
         self.forward = torch.compile(model) if settings.compile else model
         self.data, self.settings, self.loss, self.observers = data, settings, loss, observers
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
