@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memloc import dropout
 from memloc.datasets import Data, Split
 from memloc.models import evaluation_mode
 
@@ -59,6 +60,8 @@ def predict(
     batch_size: int = 1000,
     precision: str = "fp32",
     channels_last: bool = False,
+    mode: str = "drop",
+    indices: Tensor | None = None,
 ) -> Tensor:
     """Compute the logits of a network in evaluation mode.
 
@@ -68,6 +71,9 @@ def predict(
         batch_size: Images at a time.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: Whether to lay the images out as NHWC, which is faster for convolutions.
+        mode: Which channels example-tied dropout leaves on, one of :data:`memloc.dropout.MODES`.
+        indices: For mode ``own``, whose mask each image gets. Int64, shape ``(N,)``; None means that they are the
+            training examples in their order.
 
     Returns:
         Logits, float32, shape ``(N, K)``.
@@ -77,8 +83,12 @@ def predict(
         torch.Size([3, 2])
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    whose = torch.arange(len(images), device=images.device) if indices is None else indices
+    logits = []
     with torch.no_grad(), evaluation_mode(model), autocast(images.device, precision):
-        logits = [model(batch.contiguous(memory_format=memory_format)).float() for batch in images.split(batch_size)]
+        for batch, own in zip(images.split(batch_size), whose.split(batch_size), strict=True):
+            with dropout.examples(model, own, mode):
+                logits.append(model(batch.contiguous(memory_format=memory_format)).float())
     return torch.cat(logits)
 
 
@@ -117,7 +127,13 @@ def accuracies(train_predictions: Tensor, train: Split, test_predictions: Tensor
 
 
 def evaluate(
-    model: nn.Module, data: Data, *, batch_size: int = 1000, precision: str = "fp32", channels_last: bool = False
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 1000,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    mode: str = "own",
 ) -> Evaluation:
     """Evaluate a network on the training set, against given and true labels, and on the test set.
 
@@ -127,13 +143,16 @@ def evaluate(
         batch_size: Images at a time.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: Whether to lay the images out as NHWC.
+        mode: Which channels example-tied dropout leaves on, one of :data:`memloc.dropout.MODES`. Test examples have no
+            channels of their own: in mode ``own`` they are evaluated in mode ``drop``.
 
     Returns:
         Loss, accuracies and predictions.
     """
+    modes = (mode, "drop" if mode == "own" else mode)
     logits, test_logits = (
-        predict(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last)
-        for split in (data.train, data.test)
+        predict(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last, mode=each)
+        for split, each in zip((data.train, data.test), modes, strict=True)
     )
     predictions = classes(logits)
     return Evaluation(

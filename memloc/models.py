@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from memloc import randomness
+from memloc import dropout, randomness
+from memloc.dropout import Slot
 
 __all__ = [
     "NAMES",
@@ -50,7 +51,8 @@ class ResNet9(_GroupedByBlock):
 
     Eight blocks of convolution, batch-norm and ReLU and a linear layer without bias whose logits are multiplied
     by 0.2. Two residual sums (around blocks 2–3 and 5–6) have no ReLU after them. Its nine layer groups are
-    ``conv0`` … ``conv7``, three tensors each, and ``linear``.
+    ``conv0`` … ``conv7``, three tensors each, and ``linear``. Its six places for dropout are ``after.conv0``,
+    ``after.conv1``, ``after.sum1``, ``after.conv4`` (before the pooling), ``after.sum2`` and ``after.conv7``.
 
     Args:
         in_channels: Colours of the images.
@@ -77,14 +79,17 @@ class ResNet9(_GroupedByBlock):
         self.conv6 = _conv_block(4 * w, 4 * w)
         self.conv7 = _conv_block(4 * w, 2 * w, padding=0)
         self.linear = nn.Linear(2 * w, num_classes, bias=False)
+        after = {"conv0": w, "conv1": 2 * w, "sum1": 2 * w, "conv4": 4 * w, "sum2": 4 * w, "conv7": 2 * w}
+        self.after = nn.ModuleDict({place: Slot(channels) for place, channels in after.items()})
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits, shape ``(B, K)``, of images of shape ``(B, C, H, W)`` with H, W ≥ 11."""
-        x = self.conv1(self.conv0(images))
-        x = x + self.conv3(self.conv2(x))
-        x = F.max_pool2d(self.conv4(x), 2)
-        x = x + self.conv6(self.conv5(x))
-        x = F.adaptive_max_pool2d(self.conv7(x), 1).flatten(1)
+        x = self.after["conv0"](self.conv0(images))
+        x = self.after["conv1"](self.conv1(x))
+        x = self.after["sum1"](x + self.conv3(self.conv2(x)))
+        x = F.max_pool2d(self.after["conv4"](self.conv4(x)), 2)
+        x = self.after["sum2"](x + self.conv6(self.conv5(x)))
+        x = F.adaptive_max_pool2d(self.after["conv7"](self.conv7(x)), 1).flatten(1)
         return 0.2 * self.linear(x)
 
 
@@ -106,7 +111,8 @@ def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 16) -> n
         width: Channels of the first convolution; the later ones have two, two and four times as many.
 
     Returns:
-        The network; its layer groups are ``conv0`` … ``conv3`` and ``linear``.
+        The network; its layer groups are ``conv0`` … ``conv3`` and ``linear``, its places for dropout ``after0`` …
+        ``after3``.
 
     Source:
         Ours: a small network with batch-norm that memorizes wrong labels of digits within seconds.
@@ -119,9 +125,13 @@ def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 16) -> n
     return _SmallCNN(
         OrderedDict(
             conv0=_conv_block(in_channels, w),
+            after0=Slot(w),
             conv1=_conv_block(w, 2 * w, stride=2),
+            after1=Slot(2 * w),
             conv2=_conv_block(2 * w, 2 * w),
+            after2=Slot(2 * w),
             conv3=_conv_block(2 * w, 4 * w, stride=2),
+            after3=Slot(4 * w),
             pool=nn.AdaptiveMaxPool2d(1),
             flatten=nn.Flatten(),
             linear=nn.Linear(4 * w, num_classes),
@@ -138,7 +148,8 @@ def mlp(in_features: int, num_classes: int = 10, width: int = 128) -> nn.Sequent
         width: Units of each hidden layer.
 
     Returns:
-        The network; its layer groups are ``linear0``, ``linear1`` and ``linear2``.
+        The network; its layer groups are ``linear0``, ``linear1`` and ``linear2``, its places for dropout ``after0``
+        and ``after1``.
 
     Example:
         >>> list(layer_groups(mlp(64)))
@@ -149,8 +160,10 @@ def mlp(in_features: int, num_classes: int = 10, width: int = 128) -> nn.Sequent
             flatten=nn.Flatten(),
             linear0=nn.Linear(in_features, width),
             relu0=nn.ReLU(),
+            after0=Slot(width),
             linear1=nn.Linear(width, width),
             relu1=nn.ReLU(),
+            after1=Slot(width),
             linear2=nn.Linear(width, num_classes),
         )
     )
@@ -213,7 +226,12 @@ def check_images(model: nn.Module, images: Tensor, num_classes: int | None = Non
     """
     shape, name = tuple(images.shape[1:]), type(model).__name__.lstrip("_")
     try:
-        with torch.no_grad(), randomness.seeded(0, "trial"), evaluation_mode(model):
+        with (
+            torch.no_grad(),
+            randomness.seeded(0, "trial"),
+            evaluation_mode(model),
+            dropout.examples(model, mode="all"),
+        ):
             logits = model(images[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # torchvision's ViT asserts
         reason = str(error).partition("\n")[0].rstrip(". ")

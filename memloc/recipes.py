@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from memloc import datasets, labelnoise, models, runs
+from memloc import datasets, dropout, labelnoise, models, runs
 from memloc.evaluation import PRECISIONS
 
 __all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
@@ -84,6 +84,11 @@ class Recipe(Settings):
         noise_rate: Share of the training labels that are replaced.
         model: One of :data:`memloc.models.NAMES`.
         width: Scale of the network; None takes the network's own default.
+        dropout: One of :data:`memloc.dropout.KINDS`.
+        dropout_places: Where it is, names of :func:`memloc.dropout.slots` with commas between them; ``"all"`` for all.
+        p_gen: Share of generalization channels of example-tied dropout.
+        p_mem: Probability of its memorization channels.
+        dropout_rate: Probability of the other dropouts to switch something off.
 
     Example:
         >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
@@ -97,16 +102,23 @@ class Recipe(Settings):
     noise_rate: float = 0.1
     model: str = "small_cnn"
     width: int | None = None
+    dropout: str = "none"
+    dropout_places: str = "all"
+    p_gen: float = 0.2
+    p_mem: float = 0.1
+    dropout_rate: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("dataset", self.dataset, datasets.NAMES)
         check_one_of("noise", self.noise, labelnoise.KINDS)
         check_one_of("model", self.model, models.NAMES)
+        check_one_of("dropout", self.dropout, dropout.KINDS)
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        self._take_number("noise_rate", "a fraction from 0 to 1", 1.0)
+        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate"):
+            self._take_number(name, "a fraction from 0 to 1", 1.0)
 
     @property
     def address(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from memloc import datasets, labelnoise, models, runs
+from memloc import datasets, dropout, labelnoise, models, runs
 from memloc.datasets import Data
 from memloc.evaluation import autocast, evaluate
 from memloc.observers import Batch, Observer
@@ -69,7 +69,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        with autocast(self.device, self.settings.precision):
+        with autocast(self.device, self.settings.precision), dropout.examples(self.model, batch.indices):
             losses = self.loss(self.logits(batch), batch)
         for observer in self.observers:
             observer.before_backward(self.model, losses, batch)
@@ -272,6 +272,21 @@ def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
     return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed)
 
 
+def _build(recipe: Recipe, shape: Mapping[str, int], examples: int | None) -> nn.Module:
+    """Build the network of a recipe, dropout included, for so many training examples."""
+    model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
+    return dropout.insert(
+        model,
+        recipe.dropout,
+        places=None if recipe.dropout_places == "all" else recipe.dropout_places.split(","),
+        count=examples,
+        p_gen=recipe.p_gen,
+        p_mem=recipe.p_mem,
+        rate=recipe.dropout_rate,
+        seed=recipe.seed,
+    )
+
+
 def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Build the network of a run as it was after an epoch.
 
@@ -287,8 +302,7 @@ def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.devi
         KeyError: If the weights of that epoch were not kept.
         OSError: If the file is not what was written.
     """
-    recipe, shape = run.recipe, run.provenance["shape"]
-    model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
+    model = _build(run.recipe, run.provenance["shape"], run.provenance.get("examples"))
     model.load_state_dict(run.checkpoint(run.epochs[-1] if epoch is None else epoch))
     return model.to(pick_device(str(device)))
 
@@ -346,7 +360,7 @@ def fit(
         data = prepare(recipe, device)
         images = data.train.images
         shape = {"in_channels": images.shape[1], "size": images.shape[2], "num_classes": data.num_classes}
-        model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
+        model = _build(recipe, shape, len(images))
         loop = _Loop(model, data, recipe, cross_entropy, observers)
         writer = runs.Writer(recipe.address, recipe)
         state = writer.resume(set(watching), wanted)
@@ -356,7 +370,13 @@ def fit(
             row = loop.epoch(epoch)
             checkpoint = model.state_dict() if epoch in wanted else None
             writer.keep(row, loop.state(), set(watching), checkpoint)
-        provenance = {"shape": shape, "version": VERSION, "torch": torch.__version__, "device": str(images.device)}
+        provenance = {
+            "shape": shape,
+            "examples": len(images),
+            "version": VERSION,
+            "torch": torch.__version__,
+            "device": str(images.device),
+        }
         return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
 
 

@@ -32,6 +32,8 @@ def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
         ({"noise": "salt"}, "noise must be one of flip, .*, got 'salt'"),
         ({"noise_rate": 1.5}, "noise_rate must be a fraction from 0 to 1, got 1.5"),
         ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
+        ({"dropout": "spatial"}, "dropout must be one of none, .*, got 'spatial'"),
+        ({"p_gen": 20}, "p_gen must be a fraction from 0 to 1, got 20"),
         ({"width": 0}, "width must be an integer ≥ 1, got 0"),
         ({"examples": True}, "examples must be an integer ≥ 1, got True"),
         ({"seed": -1}, "seed must be an integer ≥ 0, got -1"),
@@ -55,7 +57,8 @@ def test_what_decides_a_training_decides_its_address():
     optimizer = {"learning_rate": 0.5, "schedule": "triangle", "momentum": 0.5, "weight_decay": 0.0}
     loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
     numerics = {"precision": "bf16", "channels_last": True, "compile": True}
-    other = data | network | optimizer | loop | numerics
+    dropout = {"dropout": "tied", "dropout_places": "after0", "p_gen": 0.5, "p_mem": 0.5, "dropout_rate": 0.1}
+    other = data | network | optimizer | loop | numerics | dropout
     assert set(other) == {field.name for field in fields(Recipe)}
     addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
     assert len(addresses) == len(other) + 1
@@ -72,7 +75,7 @@ def test_the_defaults_are_part_of_what_every_address_means():
         "dataset": "digits", "size": None, "examples": None, "noise": "flip", "noise_rate": 0.1, "model": "small_cnn",
         "width": None, "epochs": 50, "batch_size": 512, "learning_rate": 0.01, "schedule": "cosine", "momentum": 0.9,
         "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
-        "seed": 0,
+        "seed": 0, "dropout": "none", "dropout_places": "all", "p_gen": 0.2, "p_mem": 0.1, "dropout_rate": 0.5,
     }  # fmt: skip
 
 

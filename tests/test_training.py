@@ -326,7 +326,7 @@ def test_fit_trains_what_train_trains(tiny):
     assert next(training.load_model(run, device="meta").parameters()).is_meta
     assert run.provenance == {
         "shape": {"in_channels": 1, "size": 8, "num_classes": 10}, "version": VERSION, "torch": torch.__version__,
-        "device": "cpu", "seconds": pytest.approx(run.history.seconds.sum()),
+        "examples": 64, "device": "cpu", "seconds": pytest.approx(run.history.seconds.sum()),
     }  # fmt: skip
     pd.testing.assert_frame_equal(run.history.drop(columns="seconds"), history.drop(columns="seconds"))
 
