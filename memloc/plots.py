@@ -19,6 +19,8 @@ __all__ = [
     "gallery",
     "learned_histogram",
     "rewinding",
+    "rewinding_lines",
+    "rewinding_panels",
     "set_style",
     "treatment_bars",
     "treatment_panels",
@@ -153,29 +155,69 @@ def rewinding(table: pd.DataFrame) -> Sequence[Axes]:
     """Draw what rewinding each layer group to each epoch leaves of the accuracy on clean and on noisy examples.
 
     Args:
-        table: Rows of :meth:`memloc.rewinding.Rewinding.table` under one treatment, with a column ``seed``.
+        table: Rows of :meth:`memloc.rewinding.Rewinding.table`, with a column ``seed``.
 
     Returns:
-        Two axes, clean and noisy: the mean over seeds by layer group, a line for each epoch (the later, the darker),
-        the range over seeds as a band.
+        Two rows of axes, clean and noisy, with a column for each treatment of the batch-norm statistics, drawn by
+        :func:`rewinding_lines`.
 
     Source:
-        Maini et al. (2023), the figure of layer rewinding.
+        Maini et al. (2023), the figure of layer rewinding, for ``keep``.
+    """
+    found = list(table.batch_norm.unique())
+    size = (1.2 + 3.2 * len(found), 6.4)
+    grid = plt.subplots(2, len(found), sharex=True, sharey=True, figsize=size, squeeze=False)[1]
+    for row, column in zip(grid, ("clean_accuracy", "noisy_accuracy"), strict=True):
+        for each, treatment in zip(row, found, strict=True):
+            rewinding_lines(table[table.batch_norm == treatment], column, each)
+        row[0].set_ylabel(f"accuracy, {_CURVES[column][0]} (fraction)")
+    for top, bottom, treatment in zip(*grid, found, strict=True):
+        top.set_title(f"statistics: {treatment}")
+        bottom.set_xlabel("layer group rewound")
+    _legend_below(grid[0, 0], title="rewound to epoch")
+    return list(grid.flat)
+
+
+def rewinding_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw what rewinding each layer group to each epoch leaves of the accuracy on noisy examples, for several runs.
+
+    Args:
+        tables: Tables as :func:`rewinding` takes them, under one treatment, by the title of the panel; none gives a
+            panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        rewinding_lines(table, "noisy_accuracy", each)
+        each.set(xlabel="layer group rewound", ylabel="accuracy on noisy examples (fraction)")
+        each.legend(title="rewound to epoch", fontsize=8, ncols=2)
+    return axes
+
+
+def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
+    """Draw one panel of :func:`rewinding`.
+
+    Args:
+        table: As :func:`rewinding` takes it, under one treatment.
+        column: What to draw, e.g. ``"noisy_accuracy"``.
+        axes: Where to draw.
+
+    Returns:
+        The axes: the mean over seeds by layer group, a line for each epoch (the later, the darker), and the range over
+        seeds as a band.
     """
     groups, epochs = list(table.layer_group.unique()), sorted(table.epoch.unique())
-    axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.9))[1]
-    for each, column in zip(axes, ("clean_accuracy", "noisy_accuracy"), strict=True):
-        label, _, _, marker = _CURVES[column]
-        colors = mpl.colormaps["viridis_r"](np.linspace(0.45, 1, len(epochs)))
-        for epoch, color in zip(epochs, colors, strict=True):
-            rows = table[table.epoch == epoch].groupby("layer_group")[column].agg(["mean", "min", "max"]).loc[groups]
-            each.plot(groups, rows["mean"], color=color, marker=marker, label=str(epoch))
-            each.fill_between(groups, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
-        each.set(title=f"{label} examples", xlabel="layer group rewound", ylim=(-0.02, 1.02))
-        each.tick_params(axis="x", rotation=45)
-    axes[0].set_ylabel("accuracy (fraction)")
-    _legend_below(axes[0], title="rewound to epoch")
-    return list(axes)
+    ranges = table.groupby(["epoch", "layer_group"])[column].agg(["mean", "min", "max"])
+    colors = mpl.colormaps["viridis_r"](np.linspace(0.45, 1, len(epochs)))
+    for epoch, color in zip(epochs, colors, strict=True):
+        seen = ranges.loc[epoch].loc[groups]
+        axes.plot(groups, seen["mean"], color=color, marker=_CURVES[column][3], label=str(epoch))
+        axes.fill_between(groups, seen["min"], seen["max"], color=color, alpha=0.15, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+    axes.tick_params(axis="x", rotation=45)
+    return axes
 
 
 def treatments(table: pd.DataFrame) -> Sequence[Axes]:

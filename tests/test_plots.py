@@ -76,7 +76,7 @@ def test_panels_have_a_title_each_and_one_legend(curves):
     assert drawn(axes[0])
 
 
-@pytest.mark.parametrize("panels", [plots.accuracy_panels, plots.treatment_panels])
+@pytest.mark.parametrize("panels", [plots.accuracy_panels, plots.treatment_panels, plots.rewinding_panels])
 def test_without_results_a_figure_says_so(panels):
     (axes,) = panels({})
     assert axes.texts[0].get_text() == "nothing to show yet"
@@ -99,11 +99,23 @@ def test_the_gallery_shows_every_image_once_in_its_colours():
 
 
 def test_rewinding_has_a_line_for_every_epoch_and_the_groups_in_their_order(rewound):
-    clean, noisy = plots.rewinding(rewound[rewound.batch_norm == "keep"])
+    axes = plots.rewinding(rewound)
+    assert [each.get_title() for each in axes[:3]] == [f"statistics: {t}" for t in ("keep", "rewind", "recalibrate")]
+    clean, noisy = axes[0], axes[5]
     assert [line.get_label() for line in noisy.get_lines()] == ["0", "5"]
     assert [list(line.get_ydata()) for line in noisy.get_lines()] == [[0, 0, 0], [0.5, 0.5, 0.5]]
-    assert [label.get_text() for label in clean.get_xticklabels()] == ["stem", "body", "head"]
+    assert [label.get_text() for label in noisy.get_xticklabels()] == ["stem", "body", "head"]
     assert drawn(clean)
+
+
+def test_the_band_of_a_rewound_layer_spans_its_seeds(rewound):
+    rows = rewound[rewound.batch_norm == "keep"].assign(
+        noisy_accuracy=lambda table: 0.1 * table.epoch + 0.2 * table.seed
+    )
+    (axes,) = plots.rewinding_panels({"cifar10": rows})
+    band = axes.collections[1].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((0.5, 0.7))
+    assert drawn(axes)
 
 
 def test_treatments_are_bars_of_means_with_a_dot_for_every_seed(rewound):
