@@ -1,6 +1,6 @@
 """Gradient accounting: which part of a training's gradient comes from the noisy examples, layer by layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -22,15 +22,15 @@ class Accounting:
     """Aggregate gradients of a training, for L layer groups and T epochs.
 
     With ``G[w]`` the gradient of parameter tensor ``w``, summed over the steps of an epoch, a norm is the sum of
-    ``‖G[w]‖ / √numel(w)`` over the tensors of the group, and the cosine the mean over them of that between
-    ``G_clean[w]`` and ``G_noisy[w]``. Nothing is divided by the number of examples.
+    ``‖G[w]‖ / √numel(w)`` over the tensors of the group, and the cosine the mean of that between ``G_clean[w]`` and
+    ``G_noisy[w]`` over those for which neither is zero. Nothing is divided by the number of examples.
 
     Attributes:
         groups: Names of the layer groups, length L.
         clean_norm: Of the clean examples' part of the loss. Float64, shape ``(T, L)``.
         noisy_norm: Of the noisy examples' part. Float64, shape ``(T, L)``.
         total_norm: Of the whole loss. Float64, shape ``(T, L)``.
-        cosine: Between the two parts, from -1 to 1; NaN where one of them is zero. Float64, shape ``(T, L)``.
+        cosine: Between the two parts, from -1 to 1; NaN where no tensor has both. Float64, shape ``(T, L)``.
 
     Source:
         Maini et al. (2023), gradient accounting, as in the reference code.
@@ -63,8 +63,11 @@ class GradientAccounting(Observer):
     statistics of the whole batch; ``L_noisy`` is propagated back first, the training itself propagates ``L`` back, and
     ``G_clean = G - G_noisy``. Weight decay is in neither. Parameters that are frozen count as zero gradients.
 
-    For a loop of your own, call :meth:`before_backward` after the forward pass, :meth:`after_backward` before the
-    optimiser's step, and :meth:`after_epoch` at the end of each epoch.
+    A step whose gradients are not finite is left out, as the loss scaling of fp16 leaves it out.
+
+    For a loop of your own, call :meth:`before_backward` after the forward pass; :meth:`after_backward` when
+    ``parameter.grad`` holds the gradient of this step's mean loss and nothing else, before the optimiser's step; and
+    :meth:`after_epoch` at the end of each epoch.
 
     Args:
         examples: Which training examples to set apart instead of the noisy ones: wherever this class says "noisy", they
@@ -96,28 +99,53 @@ class GradientAccounting(Observer):
     needs_graph = True
 
     def __init__(self, examples: Tensor | None = None, name: str = "gradients"):
-        if examples is not None and (examples.dtype != torch.bool or examples.ndim != 1):
-            got = f"{examples.dtype} {tuple(examples.shape)}"
-            raise ValueError(f"examples must be a bool mask (N,) over the training set, got {got}")
+        if examples is not None:
+            _check_mask("examples", examples)
         self.name = name
         self._examples = examples
+        self._step: dict[str, Tensor] | None = None
         self._noisy: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
 
     def before_backward(self, model: nn.Module, losses: Tensor, batch: Batch) -> None:
-        """Propagate the noisy examples' part of the loss back, and add its gradients to the epoch's."""
-        self._start(model)
-        mask = batch.noise_mask if self._examples is None else self._set_apart(batch.indices)
-        if mask.any():
+        """Propagate the noisy examples' part of the loss back.
+
+        Raises:
+            ValueError: If ``losses`` are not one an example, or ``examples`` do not cover the batch's indices.
+        """
+        if losses.shape != batch.indices.shape:
+            expected = tuple(batch.indices.shape)
+            raise ValueError(f"losses must have shape {expected}, got {tuple(losses.shape)}: use reduction='none'")
+        mask = self._set_apart(batch)
+        count = int(mask.sum())
+        if count == len(mask):
+            self._step = None  # all of the step's gradient, to which a second way back would add rounding errors
+        elif count == 0:
+            self._step = {}
+        else:
             parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            part = losses[mask].sum() / len(losses)
-            gradients = torch.autograd.grad(part, list(parameters.values()), retain_graph=True, allow_unused=True)
-            _add(self._noisy, zip(parameters, gradients, strict=True))
+            # The sum, divided by the size of the batch afterwards: fp16 loses gradients that are small.
+            found = torch.autograd.grad(
+                losses[mask].sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+            )
+            pairs = zip(parameters, found, strict=True)
+            self._step = {name: gradient / len(mask) for name, gradient in pairs if gradient is not None}
 
     def after_backward(self, model: nn.Module, batch: Batch) -> None:
-        """Add the gradients of the whole loss to the epoch's."""
-        _add(self._total, ((name, parameter.grad) for name, parameter in model.named_parameters()))
+        """Add the gradients of the noisy part and of the whole loss to the epoch's."""
+        parameters = dict(model.named_parameters())
+        if not self._total:
+            for sums in (self._noisy, self._total):
+                sums |= {name: torch.zeros_like(p, dtype=_at_least_fp32(p)) for name, p in parameters.items()}
+        # A parameter that is frozen may still hold the gradient of an earlier training.
+        total = {name: p.grad for name, p in parameters.items() if p.requires_grad and p.grad is not None}
+        noisy = total if self._step is None else self._step
+        if _is_finite([*total.values(), *noisy.values()]):
+            for sums, step in ((self._noisy, noisy), (self._total, total)):
+                for name, gradient in step.items():
+                    sums[name] += gradient
+        self._step = {}
 
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the clean and the noisy gradient, summed over the steps of the epoch so far, by parameter's name."""
@@ -125,12 +153,12 @@ class GradientAccounting(Observer):
 
     def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation | None = None) -> None:
         """Turn the sums of the epoch into norms and cosines, and begin anew; before training there are none."""
-        groups, sums = models.layer_groups(model), self.gradients()
-        for group, names in groups.items():
+        sums = self.gradients()
+        for group, names in models.layer_groups(model).items():
             rows = self._rows.setdefault(group, [])
             if sums:
                 norms, cosines = zip(*(_measure(*sums[name]) for name in names), strict=True)
-                rows.append(torch.cat([torch.stack(norms).sum(0), torch.stack(cosines).mean(0, keepdim=True)]))
+                rows.append(torch.cat([torch.stack(norms).sum(0), torch.stack(cosines).nanmean(0, keepdim=True)]))
         self._noisy, self._total = {}, {}
 
     def result(self) -> Accounting:
@@ -152,15 +180,15 @@ class GradientAccounting(Observer):
         """Take up earlier rows."""
         self._rows = {group: list(rows) for group, rows in table.items()}
 
-    def _start(self, model: nn.Module) -> None:
-        """Begin the sums of an epoch with zeros."""
-        if not self._total:
-            self._total = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
-            self._noisy = {name: torch.zeros_like(total) for name, total in self._total.items()}
-
-    def _set_apart(self, indices: Tensor) -> Tensor:
-        assert self._examples is not None
-        return self._examples.to(indices.device)[indices]
+    def _set_apart(self, batch: Batch) -> Tensor:
+        """Say which examples of a batch are set apart. Bool, shape ``(B,)``."""
+        if self._examples is None:
+            return batch.noise_mask
+        if int(batch.indices.max()) >= len(self._examples):
+            got = f"{len(self._examples)} of them and index {int(batch.indices.max())}"
+            raise ValueError(f"examples must cover the whole training set, got {got}")
+        self._examples = self._examples.to(batch.indices.device)
+        return self._examples[batch.indices]
 
 
 def random_control(noise_mask: Tensor, seed: int) -> Tensor:
@@ -173,6 +201,9 @@ def random_control(noise_mask: Tensor, seed: int) -> Tensor:
     Returns:
         Whether each example was drawn; all clean ones where fewer than half are clean. Bool, shape ``(N,)``.
 
+    Raises:
+        ValueError: If ``noise_mask`` is not a bool tensor of one dimension.
+
     Source:
         Ours; the paper compares noisy examples, a tenth of the data, with all others.
 
@@ -180,6 +211,7 @@ def random_control(noise_mask: Tensor, seed: int) -> Tensor:
         >>> random_control(torch.tensor([True, False, False, True, False]), seed=0).sum().item()
         2
     """
+    _check_mask("noise_mask", noise_mask)
     clean = (~noise_mask).nonzero().squeeze(1).cpu()
     drawn = clean[torch.randperm(len(clean), generator=generator(seed, "control"))[: int(noise_mask.sum())]]
     control = torch.zeros_like(noise_mask)
@@ -187,14 +219,22 @@ def random_control(noise_mask: Tensor, seed: int) -> Tensor:
     return control
 
 
-def _add(sums: dict[str, Tensor], gradients: Iterable[tuple[str, Tensor | None]]) -> None:
-    for name, gradient in gradients:
-        if gradient is not None:
-            sums[name] += gradient
+def _check_mask(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 1:
+        raise ValueError(f"{name} must be a bool mask (N,) over the training set, got {mask.dtype} {tuple(mask.shape)}")
+
+
+def _at_least_fp32(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _is_finite(gradients: list[Tensor]) -> bool:
+    """Say whether no gradient holds an infinity or NaN, asking the device once."""
+    return not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
 
 
 def _measure(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the norms of the clean, noisy and total gradient of one tensor, and the cosine of the first two."""
-    clean, noisy = clean.double().cpu(), noisy.double().cpu()
+    clean, noisy = clean.cpu().double(), noisy.cpu().double()
     lengths = torch.stack([clean.norm(), noisy.norm(), (clean + noisy).norm()])
-    return lengths / clean.numel() ** 0.5, (clean * noisy).sum() / (lengths[0] * lengths[1])
+    return lengths / clean.numel() ** 0.5, ((clean * noisy).sum() / (lengths[0] * lengths[1])).clamp(-1, 1)

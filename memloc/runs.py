@@ -346,7 +346,8 @@ class Writer:
 
     def _add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         # Copies, because safetensors refuses tensors that share memory, as tied weights do.
-        content = safetensors.torch.save({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()})
+        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        content = safetensors.torch.save(copies, {"order": json.dumps(list(copies))})
         _write(self._folder / name, content)
         self._files[name] = hashlib.sha256(content).hexdigest()
 
@@ -409,6 +410,14 @@ def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[st
     if hashlib.sha256(content).hexdigest() != hashes.get(name):
         raise _damaged(path, "is missing or damaged (its SHA-256 is not the one noted when it was written)")
     try:
-        return safetensors.torch.load(content)
+        tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise _damaged(path, "is not a safetensors file") from error
+    return {name: tensors[name] for name in _order(content) or tensors}
+
+
+def _order(content: bytes) -> list[str]:
+    """Read in which order the tensors of a file were given; safetensors itself sorts them by name."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    order: list[str] = json.loads(header.get("__metadata__", {}).get("order", "[]"))
+    return order

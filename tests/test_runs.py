@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from memloc import progress, runs
@@ -60,6 +61,27 @@ def test_tied_and_channels_last_weights_can_be_kept():
     state = writer.finish({}, {}).checkpoint(0)
     assert torch.equal(state["a"], shared)
     assert torch.equal(state["b"], shared)
+
+
+def test_tensors_come_back_in_the_order_in_which_they_were_given():
+    names = ["stem", "layer2", "layer10", "count", "fc"]
+    given = {name: torch.zeros(2, dtype=torch.int64 if name == "count" else torch.float32) for name in names}
+    writer = runs.Writer("abc", Recipe(0))
+    writer.resume({"seen"}, {0})
+    writer.keep({"epoch": 0, "loss": 1.0, "seconds": 0.5}, given, {"seen"}, given)
+    assert list(runs.Writer("abc", Recipe(0)).resume({"seen"}, {0})) == names
+    run = writer.finish({"seen": given}, {"device": "cpu"})
+    assert list(run.table("seen")) == list(run.checkpoint(0)) == names
+
+
+def test_a_file_without_an_order_of_its_own_is_read_all_the_same(own_run_store):
+    run = write()
+    content = safetensors.torch.save({"b": torch.ones(1), "a": torch.zeros(1)})
+    (run.folder / "seen.safetensors").write_bytes(content)
+    done = json.loads((run.folder / "done").read_text())
+    done["files"]["seen.safetensors"] = hashlib.sha256(content).hexdigest()
+    (run.folder / "done").write_text(json.dumps(done))
+    assert runs.find("abc", Recipe()).table("seen") == {"a": torch.zeros(1), "b": torch.ones(1)}
 
 
 def test_an_epoch_or_a_table_that_was_not_kept_is_refused_by_name():
