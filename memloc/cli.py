@@ -236,7 +236,8 @@ def _data_list(options: argparse.Namespace) -> int:
 def _data_get(options: argparse.Namespace) -> int:
     from memloc import datasets
 
-    name = options.name
+    same = {name.replace("-", ""): name for name in datasets.SOURCES}  # cifar10n is cifar-10n
+    name = same.get(options.name.replace("-", ""), options.name)
     if name not in datasets.SOURCES:
         raise UsageError(
             f"unknown data set {name!r}{did_you_mean(name, datasets.SOURCES)} (memloc data list shows all)"

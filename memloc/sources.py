@@ -106,8 +106,16 @@ SOURCES: dict[str, Source] = {
         "CC BY-NC 4.0 (non-commercial)",
         "J. Wei et al., Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations, ICLR 2022",
     ),
+    "cscores": Source(
+        "C-scores (consistency scores) of CIFAR-10 and MNIST",
+        1_280_598,
+        "https://pluskid.github.io/structural-regularity/",
+        "none stated",
+        "Z. Jiang, C. Zhang, K. Talwar, M. C. Mozer, Characterizing Structural Regularities of Labeled Data in "
+        "Overparameterized Models, ICML 2021",
+    ),
 }
-"""Size, homepage, licence and citation of every data set, the human labels of CIFAR-10N included."""
+"""Size, homepage, licence and citation of every data set, human labels and C-scores included."""
 
 NAMES: tuple[str, ...] = ("digits", "mnist", "fashionmnist", "kmnist", "cifar10", "cifar100", "svhn")
 """The data sets that :func:`memloc.datasets.load` knows."""
@@ -127,7 +135,17 @@ _MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-_HUMAN_MD5 = {"CIFAR-10_human.pt": "96644db5574813cae939af5f7f2a0aec"}
+_PLAIN_MD5 = {  # files that torchvision does not know; each lies in a folder with the name of its data set
+    "cifar-10n": {"CIFAR-10_human.pt": "96644db5574813cae939af5f7f2a0aec"},
+    "cscores": {
+        "cifar10-cscores-orig-order.npz": "fb902aa1f18832b245ce899c1808d1ca",
+        "mnist-cscores.npy": "ee2a5e57104681eb120c7660c38863e8",
+    },
+}
+_PLAIN_URL = {
+    "cifar-10n": "https://raw.githubusercontent.com/UCSC-REAL/cifar-10-100n/HEAD/data/",
+    "cscores": "https://pluskid.github.io/structural-regularity/cscores/",
+}
 
 
 def root() -> Path:
@@ -164,21 +182,39 @@ def contents(name: str, root: str | os.PathLike[str] | None = None) -> Iterator[
         >>> len(list(contents("digits")))
         0
     """
-    for file, md5 in _official_files(name).items():
-        path = _folder(root) / file
-        try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{path} is missing: run `memloc data get {name}`, or set MEMLOC_DATA to the folder that holds {name}"
-            ) from None
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise ValueError(
-                f"{path} is truncated or altered (MD5 {found}, expected {md5}): "
-                f"run `memloc data get {name}` to replace it"
-            )
-        yield content
+    for file in _official_files(name):
+        yield read_checked(name, file, root)
+
+
+def read_checked(name: str, file: str, root: str | os.PathLike[str] | None = None, md5: str | None = None) -> bytes:
+    """Read one file of a data set if it is the official one.
+
+    Args:
+        name: A key of :data:`SOURCES`.
+        file: Its path below the root.
+        root: The folder that holds the data sets; by default :func:`root`.
+        md5: What its MD5 must be, for a file that is not among the official ones.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is truncated or altered.
+    """
+    path, md5 = _folder(root) / file, md5 or _official_files(name)[file]
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{path} is missing: run `memloc data get {name}`, or set MEMLOC_DATA to the folder that holds {name}"
+        ) from None
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ValueError(
+            f"{path} is truncated or altered (MD5 {found}, expected {md5}): run `memloc data get {name}` to replace it"
+        )
+    return content
 
 
 def is_complete(name: str, root: str | os.PathLike[str] | None = None) -> bool:
@@ -208,21 +244,21 @@ def is_complete(name: str, root: str | os.PathLike[str] | None = None) -> bool:
 
 
 def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """Download a data set through torchvision, unless it is complete already.
+    """Download a data set, unless it is complete already.
 
     The files arrive in a temporary folder beside their place, are compared with the official checksums and
     only then moved, each in one step. After a failure or Ctrl-C nothing of the attempt is left but an empty
     ``.lock``, by which two processes that want the same data do the work once.
 
     Args:
-        name: A key of :data:`SOURCES`. CIFAR-10N must be fetched by hand; asking for it says how.
+        name: A key of :data:`SOURCES`.
         root: The folder that holds the data sets; by default :func:`root`.
 
     Returns:
         The folder that holds the data sets.
 
     Raises:
-        ValueError: If the name is unknown, or the data set is one to fetch by hand.
+        ValueError: If the name is unknown.
         OSError: If the download fails.
 
     Example:
@@ -232,11 +268,6 @@ def get(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     folder = _folder(root)
     if is_complete(name, folder):
         return folder
-    if name not in _TORCHVISION:
-        raise ValueError(
-            f"{name} must be fetched by hand: save data/CIFAR-10_human.pt of {SOURCES[name].url} "
-            f"as {folder / name / 'CIFAR-10_human.pt'}"
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
@@ -264,9 +295,7 @@ def _download(name: str, folder: Path) -> None:
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
-        dataset = getattr(torchvision().datasets, _TORCHVISION[name])
-        for split in ({"split": "train"}, {"split": "test"}) if name == "svhn" else ({},):
-            dataset(partial, download=True, **split)
+        _fetch(name, partial)
         for _ in contents(name, partial):
             pass  # reading is checking
         files = [path for path in partial.rglob("*") if path.is_file() and not path.match("*.tar.gz")]
@@ -278,6 +307,15 @@ def _download(name: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _fetch(name: str, folder: Path) -> None:
+    datasets = torchvision().datasets
+    for file, md5 in _PLAIN_MD5.get(name, {}).items():
+        datasets.utils.download_url(_PLAIN_URL[name] + file, folder / name, file, md5)
+    if name in _TORCHVISION:
+        for split in ({"split": "train"}, {"split": "test"}) if name == "svhn" else ({},):
+            getattr(datasets, _TORCHVISION[name])(folder, download=True, **split)
+
+
 def _official_files(name: str) -> dict[str, str]:
     """List what a data set consists of: path below the root and MD5, in the order in which it is read."""
     check_name(name, SOURCES)
@@ -285,8 +323,8 @@ def _official_files(name: str) -> dict[str, str]:
         return {}
     if name == "mnist":
         return {f"MNIST/raw/{file}": md5 for file, md5 in _MNIST_MD5.items()}
-    if name == "cifar-10n":
-        return {f"cifar-10n/{file}": md5 for file, md5 in _HUMAN_MD5.items()}
+    if name in _PLAIN_MD5:
+        return {f"{name}/{file}": md5 for file, md5 in _PLAIN_MD5[name].items()}
     dataset = getattr(torchvision().datasets, _TORCHVISION[name])
     if name in ("fashionmnist", "kmnist"):
         return {f"{dataset.__name__}/raw/{file}": md5 for file, md5 in dataset.resources}

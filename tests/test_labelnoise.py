@@ -26,7 +26,7 @@ def publish(tmp_path, monkeypatch):
         path = tmp_path / "cifar-10n" / "CIFAR-10_human.pt"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(buffer.getvalue())
-        monkeypatch.setattr(sources, "_HUMAN_MD5", {path.name: hashlib.md5(buffer.getvalue()).hexdigest()})
+        monkeypatch.setitem(sources._PLAIN_MD5, "cifar-10n", {path.name: hashlib.md5(buffer.getvalue()).hexdigest()})
         return path
 
     monkeypatch.setenv("MEMLOC_DATA", str(tmp_path))
