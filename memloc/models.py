@@ -11,6 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from memloc import dropout, randomness
 from memloc.dropout import Slot
+from memloc.resnet50 import ResNet50
+from memloc.vit import SmallViT
 
 __all__ = [
     "NAMES",
@@ -22,7 +24,9 @@ __all__ = [
     "layer_groups",
     "mlp",
     "resnet9",
+    "resnet50",
     "small_cnn",
+    "vit_small",
 ]
 
 
@@ -102,6 +106,16 @@ def resnet9(in_channels: int = 3, num_classes: int = 10, width: int = 64) -> Res
     return ResNet9(in_channels, num_classes, width)
 
 
+def resnet50(in_channels: int = 3, num_classes: int = 10, width: int = 64) -> ResNet50:
+    """Build a ResNet-50 with weights from torch's global generator; see :class:`memloc.resnet50.ResNet50`."""
+    return ResNet50(in_channels, num_classes, width)
+
+
+def vit_small(in_channels: int = 3, num_classes: int = 10, width: int = 512, size: int = 32) -> SmallViT:
+    """Build the paper's transformer with weights from torch's global generator; see :class:`memloc.vit.SmallViT`."""
+    return SmallViT(in_channels, num_classes, width, size)
+
+
 def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 16) -> nn.Sequential:
     """Build a five-layer convolutional network for images of 8×8 pixels and more.
 
@@ -169,7 +183,13 @@ def mlp(in_features: int, num_classes: int = 10, width: int = 128) -> nn.Sequent
     )
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn, "mlp": mlp, "resnet9": resnet9}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "mlp": mlp,
+    "resnet9": resnet9,
+    "resnet50": resnet50,
+    "vit_small": vit_small,
+}
 NAMES = tuple(_BUILDERS)
 """The networks that :func:`build` knows."""
 
@@ -191,7 +211,7 @@ def build(
         The network on the CPU, in training mode.
 
     Raises:
-        ValueError: If the name is unknown, or the network cannot take images of this size.
+        ValueError: If the name is unknown, or the network cannot have this width or take images of this size.
 
     Example:
         >>> model = build("small_cnn", in_channels=1, size=8, num_classes=10, seed=0)
@@ -199,6 +219,8 @@ def build(
     if name not in _BUILDERS:
         raise ValueError(f"model must be one of {', '.join(NAMES)}, got {name!r}")
     arguments = {"in_features": in_channels * size**2} if name == "mlp" else {"in_channels": in_channels}
+    if name == "vit_small":
+        arguments["size"] = size
     if width is not None:
         arguments["width"] = width
     with randomness.seeded(seed, "init"):

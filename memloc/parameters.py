@@ -145,7 +145,7 @@ PARAMETERS: dict[str, Parameter] = {
             ),
         ),
         Parameter("noise_rate", float, "share of the labels that are made wrong", minimum=0, maximum=1),
-        Parameter("model", str, "the network", ("small_cnn", "mlp", "resnet9")),
+        Parameter("model", str, "the network", ("small_cnn", "mlp", "resnet9", "resnet50", "vit_small")),
         Parameter("width", int, "scale of the network; none: its own", minimum=1, optional=True),
         Parameter("epochs", int, "passes over the training set", minimum=1),
         Parameter("batch_size", int, "examples per step", minimum=1),

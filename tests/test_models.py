@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import models, vision
+from memloc import datasets, models, vision
+from memloc.observers import Checkpoints
+from memloc.recipes import Settings
+from memloc.rewinding import rewind_sweep
+from memloc.training import train
 
 
 class Odd(nn.Module):
@@ -75,9 +79,28 @@ def test_a_built_network_depends_on_its_seed_alone(name):
 
 
 @pytest.mark.parametrize("name", models.NAMES)
-def test_every_network_gives_logits_for_its_classes(name):
+def test_every_network_gives_logits_for_its_classes_and_a_gradient_to_every_parameter(name):
     model = models.build(name, in_channels=2, size=12, num_classes=3, width=4, seed=0)
-    assert model(torch.zeros(5, 2, 12, 12)).shape == (5, 3)
+    logits = model(torch.randn(5, 2, 12, 12))
+    assert logits.shape == (5, 3)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1])).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_network_has_every_parameter_in_one_group(name):
+    assert every_parameter_once(models.build(name, in_channels=1, size=12, num_classes=3, width=4, seed=0))
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_network_can_be_trained_and_rewound(device, name):
+    data = datasets.load("digits", examples=40, size=12, device=device)
+    model = models.build(name, in_channels=1, size=12, num_classes=10, width=4, seed=0)
+    checkpoints = Checkpoints([0])
+    train(model, data, Settings(epochs=1, batch_size=32), observers=[checkpoints])
+    sweep = rewind_sweep(model, checkpoints.states, data)
+    assert sweep.groups == tuple(models.layer_groups(model))
+    assert sweep.table().clean_accuracy.between(0, 1).all()
 
 
 def test_a_size_that_does_not_fit_is_refused_in_one_line_that_names_it():
@@ -98,7 +121,7 @@ def test_a_network_without_logits_is_refused():
 
 
 def test_an_unknown_network_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="small_cnn, mlp, resnet9, got 'resnet10'"):
+    with pytest.raises(ValueError, match="small_cnn, mlp, resnet9, resnet50, vit_small, got 'resnet10'"):
         models.build("resnet10", in_channels=1, size=8, num_classes=10, seed=0)
 
 
