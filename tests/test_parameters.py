@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from memloc import datasets, evaluation, labelnoise, models, parameters, recipes, rewinding
+from memloc import datasets, dropout, evaluation, labelnoise, models, parameters, recipes, rewinding
 from memloc.parameters import PARAMETERS, ParameterError
 
 KNOWN = {"epochs": 20, "dataset": "digits", "noise_rate": 0.1, "examples": None, "augment": False}
@@ -117,6 +117,7 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
     [
         ("dataset", datasets.NAMES),
         ("noise", labelnoise.KINDS),
+        ("dropout", dropout.KINDS),
         ("model", models.NAMES),
         ("schedule", recipes.SCHEDULES),
         ("precision", evaluation.PRECISIONS),
