@@ -1,11 +1,9 @@
 """Rewind a layer group to an earlier checkpoint, train nothing, and see what the network has lost."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from memloc.datasets import Data
 from memloc.evaluation import Accuracies, accuracies, autocast, classes
 from memloc.models import evaluation_mode, layer_groups
+from memloc.replay import Calls
 
 __all__ = ["BATCH_NORM", "Rewinding", "last_groups", "rewind", "rewind_sweep"]
 
@@ -277,7 +276,7 @@ class _SharedForward:
             evaluation_mode(self._model),
             autocast(images.device, self._precision),
         ):
-            calls = _Calls(self._model)
+            calls = Calls(self._model)
             with calls.recorded():
                 logits = [self._run(images, {})]
             if self._can_share is None:
@@ -294,75 +293,11 @@ class _SharedForward:
     def _run(self, images: Tensor, edit: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(self._model, self._final | edit, (images,))
 
-    def _run_behind(self, calls: "_Calls", images: Tensor, edit: dict[str, Tensor]) -> Tensor:
-        with calls.replayed_before(edit):
-            return self._run(images, edit)
-
-
-class _Calls:
-    """The module calls of one forward pass: when each began and ended, and what it returned.
-
-    A module whose only call ended before any edited module was called gives the same output in the edited network, so
-    it need not run again. (Unless a module reads another's weights without calling it, or is never called: that is
-    why the user of this class compares once.)
-    """
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._clock = itertools.count()
-        self._starts: dict[nn.Module, list[int]] = {}
-        self._results: dict[nn.Module, tuple[int, Tensor, int]] = {}
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record the calls that are made inside the block."""
-        handles = []
-        for module in self._model.modules():
-            handles.append(module.register_forward_pre_hook(self._note_start))
-            handles.append(module.register_forward_hook(self._note_result))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note_start(self, module: nn.Module, inputs: object) -> None:
-        self._starts.setdefault(module, []).append(next(self._clock))
-
-    def _note_result(self, module: nn.Module, inputs: object, result: object) -> None:
-        if isinstance(result, Tensor):
-            self._results[module] = (next(self._clock), result, result._version)
-
-    @contextmanager
-    def replayed_before(self, names: Iterable[str]) -> Iterator[None]:
-        """Let what ended before the first owner of these tensors was called return what it returned before."""
-        replayed = self._modules_before(set(names))
-        for module in replayed:
-            module.forward = partial(self._replay, module)
-        try:
-            yield
-        finally:
-            for module in replayed:
-                vars(module).pop("forward", None)
-
-    def _replay(self, module: nn.Module, *inputs: object, **keywords: object) -> Tensor:
-        del module.forward  # the edited network may call it once more, on something else
-        return self._results[module][1]
-
-    def _modules_before(self, names: set[str]) -> list[nn.Module]:
-        edited = {id(tensor) for name, tensor in _tensors(self._model).items() if name in names}
+    def _run_behind(self, calls: Calls, images: Tensor, edit: dict[str, Tensor]) -> Tensor:
+        edited = {id(tensor) for name, tensor in _tensors(self._model).items() if name in edit}
         owners = [module for module in self._model.modules() if edited & {id(t) for t in _own_tensors(module)}]
-        if not all(owner in self._starts for owner in owners):
-            return []
-        first = min((self._starts[owner][0] for owner in owners), default=math.inf)
-        return [
-            module
-            for module, (end, result, version) in self._results.items()
-            if end < first
-            and len(self._starts[module]) == 1
-            and result._version == version  # nothing has written into it since, as an in-place ReLU does
-            and "forward" not in vars(module)
-        ]
+        with calls.replayed(before=calls.start(owners)):
+            return self._run(images, edit)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

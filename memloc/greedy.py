@@ -1,0 +1,268 @@
+"""The greedy search behind :mod:`memloc.flipping`: what each edited network sees, and one step after the other."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memloc.evaluation import classes
+from memloc.gates import Gates
+
+__all__ = ["COPIED", "NOISE", "OBJECTIVES", "Problem", "Search", "batch_problems", "margins_of", "target_problems"]
+
+NOISE = ("independent", "accumulated")
+"""How the copies of an image are disturbed: each by a noise of its own, their logits averaged; or copy t by the sum of
+t noises, their gradients averaged and the last copy deciding whether the prediction has flipped."""
+
+COPIED = ("target", "batch")
+"""What is copied with noise: the target alone, beside a reference batch as it is; or the whole batch with it."""
+
+OBJECTIVES = ("loss", "margin")
+"""What the removal shall raise: the target's loss, or the largest other logit above that of its label."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the networks of some targets, each with units of its own removed, are looked at with.
+
+    Every network sees R rows: those that all share, then its own. Each row is a copy of one of M examples; the
+    gradient of J at an example's loss is its weight: 1/B, −1 for the target (always the last own or its place in the
+    batch), and 0 for an example that does not count.
+    """
+
+    shared: Tensor  # rows for all, (S, C, H, W)
+    own: Tensor  # rows of each target, (T, R - S, C, H, W)
+    example: Tensor  # which example each row is a copy of, int64 (R,)
+    labels: Tensor  # of the examples, int64 (T, M)
+    weights: Tensor  # float32 (T, M)
+    place: Tensor  # the example that is the target, int64 (T,)
+
+
+def _disturbed(images: Tensor, copies: int, noise: str, scale: float, draw: torch.Generator, *, each: bool) -> Tensor:
+    """Make noisy copies, shape ``(copies, B, C, H, W)``; a noise's norm is that of each image or of all, scaled."""
+    drawn = torch.randn(copies, *images.shape, generator=draw).to(images)
+    over = tuple(range(2 if each else 1, drawn.ndim))
+    size = images[None].square().sum(over, keepdim=True).sqrt()
+    drawn *= scale * size / drawn.square().sum(over, keepdim=True).sqrt()
+    return images + (drawn.cumsum(0) if noise == "accumulated" else drawn)
+
+
+def batch_problems(
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    reference: int | Tensor,
+    copies: int,
+    noise: str,
+    scale: float,
+    draw: torch.Generator,
+) -> Iterator[Problem]:
+    """Put up to B targets at a time into a batch of their own, of which all is copied."""
+    size = min(len(images), reference if isinstance(reference, int) else len(reference))
+    for group in targets.split(size):
+        if isinstance(reference, int):
+            others = torch.randperm(len(images), generator=draw)
+            batch = torch.cat([group, others[~torch.isin(others, group)]])[:size]
+        else:
+            batch = reference.cpu()
+        found = group[:, None] == batch
+        if not found.any(1).all():
+            missing = group[~found.any(1)].tolist()
+            raise ValueError(f"reference must hold the targets when the batch is copied, lacks {missing[:5]}")
+        place = found.int().argmax(1)
+        weights = torch.full((len(group), size), 1 / size)
+        weights[torch.arange(len(group)), place] = -1
+        batch, to = batch.to(images.device), images.device
+        shared = _disturbed(images[batch], copies, noise, scale, draw, each=False).flatten(0, 1)
+        own = images.new_empty(len(group), 0, *images.shape[1:])
+        example = torch.arange(size, device=to).repeat(copies)
+        yield Problem(shared, own, example, labels[batch].expand(len(group), -1), weights.to(to), place.to(to))
+
+
+def target_problems(
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    reference: int | Tensor,
+    copies: int,
+    noise: str,
+    scale: float,
+    draw: torch.Generator,
+) -> Iterator[Problem]:
+    """Put one reference batch as it is beside the copies of each target."""
+    if isinstance(reference, int):
+        reference = torch.randperm(len(images), generator=draw)[:reference]
+    to, size, count = images.device, len(reference), len(targets)
+    if not count:
+        return
+    weights = torch.full((count, size + 1), 1 / size)
+    weights[:, :-1][targets[:, None] == reference.cpu()] = 0
+    weights[:, -1] = -1
+    reference, targets = reference.to(to), targets.to(to)
+    own = _disturbed(images[targets], copies, noise, scale, draw, each=True).transpose(0, 1)
+    example = torch.cat([torch.arange(size), torch.full((copies,), size)]).to(to)
+    known = torch.cat([labels[reference].expand(count, -1), labels[targets, None]], 1)
+    yield Problem(images[reference], own, example, known, weights.to(to), torch.full((count,), size, device=to))
+
+
+def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the logit of the label less the largest other one; infinite for one class. Shape ``(T,)``."""
+    other = logits.scatter(1, labels[:, None], -math.inf).amax(1)
+    return logits.gather(1, labels[:, None])[:, 0] - other
+
+
+class Search:
+    """The greedy search for the targets of one problem, whose numbers T are used for targets."""
+
+    def __init__(
+        self,
+        gates: Gates,
+        problem: Problem,
+        objective: str,
+        noise: str,
+        skipped: float,
+        max_units: int,
+        batch_size: int,
+    ):
+        self._gates, self._problem = gates, problem
+        self._objective, self._noise = objective, noise
+        self._skipped, self._max_units = skipped, max_units
+        self._at_once = max(1, batch_size // len(problem.example))
+        count = len(problem.own)
+        self.removed: list[list[int]] = [[] for _ in range(count)]
+        self.margins: list[list[float]] = [[] for _ in range(count)]
+        self.flipped = [False] * count
+
+    def run(self) -> None:
+        """Take steps until every target's search has ended."""
+        active = list(range(len(self.removed)))
+        shares = self._skipped > 0 and len(self._problem.shared) < len(self._problem.example)
+        if shares:
+            self._record_reference()
+        step = self._sparing_step if shares else self._whole_step
+        while active:
+            if shares and self.removed[active[0]]:  # networks that begin to differ at about the same depth go together
+                active.sort(key=lambda t: self._gates.start(self.removed[t], self._calls))
+            left = []
+            for start in range(0, len(active), self._at_once):
+                left += step(active[start : start + self._at_once])
+            active = left
+
+    def _see(self, some: Sequence[int], logits: Tensor) -> list[int]:
+        """Note the margins of targets, shape ``(T, K)``, and say which are to go on (by their position)."""
+        labels = self._problem.labels[list(some)].gather(1, self._problem.place[list(some), None])[:, 0]
+        right = (classes(logits) == labels).tolist()
+        go_on = []
+        for position, (t, margin) in enumerate(zip(some, margins_of(logits, labels).tolist(), strict=True)):
+            self.margins[t].append(margin)
+            self.flipped[t] = not right[position]
+            if right[position] and len(self.removed[t]) < self._max_units:
+                go_on.append(position)
+        return go_on
+
+    def _remove_best(self, some: Sequence[int], scores: Tensor) -> list[int]:
+        """Remove the best unit of each target, and say which targets had one."""
+        best, units = scores.max(1)
+        left = []
+        for t, score, unit in zip(some, best.tolist(), units.tolist(), strict=True):
+            if score > 0:
+                self.removed[t].append(unit)
+                left.append(t)
+        return left
+
+    def _whole_step(self, some: list[int]) -> list[int]:
+        """Run all rows of some targets forward and, for those that have not flipped, backward."""
+        problem, go_on = self._problem, []
+        removed = [self.removed[t] for t in some]
+
+        def pull(logits: Tensor) -> Tensor | None:
+            logits = logits.unflatten(0, (len(some), -1))
+            gradient, seen = self._gradient(some, logits)
+            go_on.extend(self._see(some, seen))
+            stopped = [position for position in range(len(some)) if position not in go_on]
+            gradient[stopped] = 0
+            return gradient.flatten(0, 1) if go_on else None
+
+        shared = problem.shared.expand(len(some), *problem.shared.shape)
+        rows = torch.cat([shared, problem.own[some]], 1)
+        owner = torch.arange(len(some), device=rows.device).repeat_interleave(rows.shape[1])
+        scores = self._gates.scores(rows.flatten(0, 1), owner, removed, pull)
+        return self._remove_best([some[position] for position in go_on], scores[go_on])
+
+    def _record_reference(self) -> None:
+        """Run the reference batch through the whole network, and score the units with its part of J."""
+        problem = self._problem
+        size = len(problem.shared)
+        self._logits, self._calls = self._gates.record(problem.shared)
+        self._base = (self._logits.softmax(1) - self._one_hot(problem.labels[0, :size])) / size
+        owner = torch.zeros(size, dtype=torch.int64, device=self._base.device)
+        self._base_scores = self._gates.scores(problem.shared, owner, [[]], lambda logits: self._base)
+
+    def _sparing_step(self, some: list[int]) -> list[int]:
+        """Look at the targets first, then at the reference batch, and run backward only what matters."""
+        problem = self._problem
+        own = self._own_logits(some)
+        last = own[:, -1] if self._noise == "accumulated" else own.mean(1)
+        go_on = self._see(some, last)
+        some, own = [some[position] for position in go_on], own[go_on]
+        if not some:
+            return []
+        removed, is_first = [self.removed[t] for t in some], not self.removed[some[0]]
+        if is_first:
+            shared = self._logits.expand(len(some), -1, -1)
+        else:
+            shared = self._gates.logits(problem.shared, removed, self._calls)
+        gradient, _ = self._gradient(some, torch.cat([shared, own], 1))
+        if is_first:
+            gradient[:, : len(problem.shared)] -= self._base
+        owner, row = self._needed(gradient)
+        size = len(problem.shared)
+        is_own = (row >= size)[:, None, None, None]
+        own_row = problem.own[torch.tensor(some, device=row.device)[owner], (row - size).clamp(min=0)]
+        images = torch.where(is_own, own_row, problem.shared[row.clamp(max=size - 1)])
+        scores = self._gates.scores(images, owner, removed, lambda logits: gradient[owner, row])
+        return self._remove_best(some, scores + self._base_scores if is_first else scores)
+
+    def _own_logits(self, some: list[int]) -> Tensor:
+        """Compute the logits of the copies of some targets in their own networks, shape ``(T, E, K)``."""
+        rows = self._problem.own[some]
+        logits = self._gates.row_logits(rows.flatten(0, 1), [self.removed[t] for t in some])
+        return logits.unflatten(0, (len(some), -1))
+
+    def _needed(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the rows of each target, shape ``(T, R)``, that carry all but ``skipped`` of the gradient."""
+        mass, order = gradient.abs().sum(2).sort(1)
+        is_needed = torch.zeros_like(mass, dtype=torch.bool)
+        is_needed.scatter_(1, order, mass.cumsum(1) > self._skipped * mass.sum(1, keepdim=True))
+        owner, row = is_needed.nonzero(as_tuple=True)
+        return owner, row
+
+    def _one_hot(self, labels: Tensor) -> Tensor:
+        return F.one_hot(labels, self._logits.shape[-1]).float()
+
+    def _gradient(self, some: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of J with respect to the logits of all rows, and the targets' logits to judge by."""
+        problem, to = self._problem, logits.device
+        labels, weights, place = problem.labels[some], problem.weights[some], problem.place[some]
+        of_target = torch.arange(len(some), device=to)
+        copies = problem.example.bincount().to(logits)
+        if self._noise == "independent":
+            totals = logits.new_zeros(*labels.shape, logits.shape[2])
+            seen = totals.index_add(1, problem.example, logits) / copies[:, None]
+            last, example = seen[of_target, place], torch.arange(len(copies), device=to)
+        else:
+            seen, example = logits, problem.example
+            row = torch.where(example == place[:, None], torch.arange(len(example), device=to), -1).amax(1)
+            last = logits[of_target, row]
+        labels = labels[:, example]
+        pull = seen.softmax(2) - F.one_hot(labels, seen.shape[2]).to(seen)
+        if self._objective == "margin":
+            label = F.one_hot(labels, seen.shape[2]).to(seen)
+            runner_up = seen.masked_fill(label > 0, -math.inf).argmax(2)
+            is_target = (example == place[:, None])[..., None]
+            pull = torch.where(is_target, F.one_hot(runner_up, seen.shape[2]).to(seen) - label, pull)
+        pull = pull * (weights / copies)[:, example, None]
+        return (pull[:, problem.example] if self._noise == "independent" else pull), last
