@@ -17,6 +17,10 @@ __all__ = [
     "accuracy_curves",
     "accuracy_panels",
     "gallery",
+    "gradient_cosines",
+    "gradient_lines",
+    "gradient_norms",
+    "gradient_panels",
     "learned_histogram",
     "rewinding",
     "rewinding_lines",
@@ -32,6 +36,11 @@ _CURVES = {  # column: what the reader sees, colour, line, marker
     "noisy_accuracy": ("noisy", "#D55E00", "--", "s"),
     "restored_accuracy": ("noisy, true label", "#0072B2", "-.", "^"),
     "test_accuracy": ("test", "#555555", ":", "D"),
+}
+_NORMS = {  # column: colour, line, marker
+    "clean_norm": ("#009E73", "-", "o"),
+    "noisy_norm": ("#D55E00", "--", "s"),
+    "total_norm": ("#0072B2", "-.", "^"),
 }
 _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
@@ -122,6 +131,111 @@ def learned_histogram(clean: Tensor, noisy: Tensor, last_epoch: int) -> Axes:
         )  # fmt: skip
     axes.set(xlabel="epoch from which the example is right until the end", ylabel="share of the examples (fraction)")
     axes.legend()
+    return axes
+
+
+def gradient_norms(table: pd.DataFrame, window: int = 5) -> Sequence[Axes]:
+    """Draw the norms of the clean, the noisy and the total gradient over the layer groups, as the training goes on.
+
+    Args:
+        table: Rows of :meth:`memloc.gradients.Accounting.table`, with a column ``seed``.
+        window: Epochs over which a panel averages.
+
+    Returns:
+        One axes a window: the mean over seeds, the range over seeds as a band.
+
+    Source:
+        Maini et al. (2023), the figures of gradient accounting.
+    """
+    starts = (table.epoch - 1) // window * window + 1
+    columns, count = 4, starts.nunique()
+    rows = -(-count // columns)
+    grid = plt.subplots(rows, columns, figsize=(9, 2.1 * rows + 0.6), squeeze=False, sharex=True, sharey=True)[1]
+    axes = list(grid.flat)
+    for each, (start, epochs) in zip(axes, table.groupby(starts), strict=False):
+        gradient_lines(epochs, each)
+        end = epochs.epoch.max()
+        each.set_title(f"epochs {start}–{end}" if end > start else f"epoch {start}", fontsize=10)
+        each.tick_params(axis="x", rotation=90)
+    for number in range(count, len(axes)):
+        axes[number].set_axis_off()
+        axes[number - columns].tick_params(labelbottom=True)
+    for first in grid[:, 0]:
+        first.set_ylabel("norm / √size")
+    _legend_below(axes[0])
+    return axes[:count]
+
+
+def gradient_panels(tables: Mapping[str, pd.DataFrame], names: Sequence[str] = ("clean", "noisy")) -> Sequence[Axes]:
+    """Draw the norms of gradients over the layer groups, averaged over all epochs, of several trainings side by side.
+
+    Args:
+        tables: Tables as :func:`gradient_norms` takes them, by the title of the panel; none gives a panel that says so.
+        names: What the two parts of the training set are called.
+
+    Returns:
+        The axes, one a table.
+
+    Source:
+        Maini et al. (2023), the combined figure of gradient accounting.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        gradient_lines(table, each, names)
+        each.tick_params(axis="x", rotation=45)
+        each.set(xlabel="layer group", ylabel="norm / √size, mean over epochs")
+    _legend_below(axes[0])
+    return axes
+
+
+def gradient_lines(table: pd.DataFrame, axes: Axes, names: Sequence[str] = ("clean", "noisy")) -> Axes:
+    """Draw one panel of :func:`gradient_norms` or :func:`gradient_panels`.
+
+    Args:
+        table: As :func:`gradient_norms` takes it.
+        axes: Where to draw.
+        names: As :func:`gradient_panels` takes them.
+
+    Returns:
+        The axes, with a logarithmic scale.
+    """
+    groups = list(table.layer_group.unique())
+    seeds = table.groupby(["seed", "layer_group"])[list(_NORMS)].mean()
+    for (column, (color, line, marker)), label in zip(_NORMS.items(), (*names, "total"), strict=True):
+        found = seeds[column].groupby("layer_group").agg(["mean", "min", "max"]).loc[groups]
+        found = found.where(found["mean"] > 0)  # a part without examples has no place on a logarithmic scale
+        axes.plot(groups, found["mean"], line, color=color, marker=marker, label=label)
+        axes.fill_between(groups, found["min"], found["max"], color=color, alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
+    return axes
+
+
+def gradient_cosines(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw the cosine between the gradients of two parts of the training set as a heat map of epoch and layer group.
+
+    Args:
+        tables: Tables with columns ``epoch``, ``layer_group`` and ``cosine``, of one or more seeds, by the title of the
+            panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a table: means over seeds from −1 to 1, empty where there is no cosine.
+
+    Source:
+        Maini et al. (2023), the heat maps of gradient accounting.
+    """
+    axes = _panels(list(tables), sharey=False)
+    for each, table in zip(axes, tables.values(), strict=False):
+        groups = list(table.layer_group.unique())
+        means = table.groupby(["epoch", "layer_group"]).cosine.mean().unstack()[groups]
+        mesh = each.pcolormesh(means.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        each.set_xticks(np.arange(len(groups)) + 0.5, groups, rotation=45)
+        shown = np.arange(0, len(means), max(1, len(means) // 8))
+        each.set_yticks(shown + 0.5, [str(epoch) for epoch in means.index[shown]])
+        each.set(xlabel="layer group", ylabel="epoch")
+        each.grid(False)
+        each.invert_yaxis()
+    if tables:
+        axes[0].figure.colorbar(mesh, ax=axes, label="cosine")
     return axes
 
 
@@ -281,11 +395,11 @@ def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
     return axes
 
 
-def _panels(titles: Sequence[str]) -> list[Axes]:
+def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
     """Make one axes a title, two in a row; without titles, one that says that there is nothing."""
     rows = max(1, -(-len(titles) // 2))
     columns = min(2, max(1, len(titles)))
-    grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False, sharey=True)[1]
+    grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.3 * rows), squeeze=False, sharey=sharey)[1]
     axes = list(grid.flat)
     for each, title in zip(axes, titles, strict=False):
         each.set_title(title)

@@ -413,11 +413,11 @@ def _read_tensors(folder: Path, name: str, hashes: Mapping[str, str]) -> dict[st
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise _damaged(path, "is not a safetensors file") from error
-    return {name: tensors[name] for name in _order(content) or tensors}
+    return {name: tensors[name] for name in _order(content) or sorted(tensors)}
 
 
 def _order(content: bytes) -> list[str]:
-    """Read in which order the tensors of a file were given; safetensors itself sorts them by name."""
+    """Read in which order the tensors of a file were given; safetensors itself gives them in any."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     order: list[str] = json.loads(header.get("__metadata__", {}).get("order", "[]"))
     return order

@@ -291,6 +291,17 @@ def test_a_step_that_overflows_is_left_out_of_both_parts(tiny):
     assert same(one.table(), two.table())
 
 
+def test_gradients_of_a_network_in_bf16_are_summed_in_fp32(tiny):
+    model = models.mlp(64, width=8).to(tiny.train.images.device, torch.bfloat16)
+    losses = F.cross_entropy(model(tiny.train.images.bfloat16()), tiny.train.labels, reduction="none")
+    batch = Batch(tiny.train.images, tiny.train.labels, tiny.train.noise_mask, torch.arange(64))
+    accounting = GradientAccounting()
+    for _ in range(2):
+        accounting.before_backward(model, losses, batch)
+        accounting.after_backward(model, batch)
+    assert {part.dtype for pair in accounting.gradients().values() for part in pair} == {torch.float32}
+
+
 # Which examples.
 
 

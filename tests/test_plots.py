@@ -40,6 +40,16 @@ def rewound():
     return pd.DataFrame(rows)
 
 
+@pytest.fixture
+def accounts():
+    rows = [
+        {"epoch": epoch, "layer_group": group, "clean_norm": 0.1 * epoch, "noisy_norm": 0.2 + 0.1 * seed,
+         "total_norm": 1.0, "cosine": -0.5 if group == "stem" else 0.1 * seed, "seed": seed}
+        for seed in range(2) for epoch in range(1, 8) for group in ("stem", "body", "head")
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def drawn(axes):
     """The bytes of the figure: it can be drawn without a warning."""
     file = io.BytesIO()
@@ -76,7 +86,16 @@ def test_panels_have_a_title_each_and_one_legend(curves):
     assert drawn(axes[0])
 
 
-@pytest.mark.parametrize("panels", [plots.accuracy_panels, plots.treatment_panels, plots.rewinding_panels])
+PANELS = [
+    plots.accuracy_panels,
+    plots.treatment_panels,
+    plots.rewinding_panels,
+    plots.gradient_panels,
+    plots.gradient_cosines,
+]
+
+
+@pytest.mark.parametrize("panels", PANELS)
 def test_without_results_a_figure_says_so(panels):
     (axes,) = panels({})
     assert axes.texts[0].get_text() == "nothing to show yet"
@@ -87,6 +106,53 @@ def test_the_histogram_shows_shares_of_each_kind():
     axes = plots.learned_histogram(torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]), last_epoch=3)
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
     assert heights == [[0.25, 0.5, 0.25, 0, 0], [0, 0, 0, 0.5, 0.5]]
+
+
+def test_gradient_norms_have_a_panel_for_every_window_with_means_and_ranges_over_seeds(accounts):
+    axes = plots.gradient_norms(accounts)
+    assert [each.get_title() for each in axes] == ["epochs 1–5", "epochs 6–7"]
+    clean, noisy, total = axes[1].get_lines()
+    assert [line.get_label() for line in (clean, noisy, total)] == ["clean", "noisy", "total"]
+    assert list(clean.get_ydata()) == pytest.approx([0.65] * 3)
+    assert list(noisy.get_ydata()) == pytest.approx([0.25] * 3)
+    band = axes[1].collections[1].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((0.2, 0.3))
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["stem", "body", "head"]
+    assert len({each.get_ylim() for each in axes}) == 1
+    assert drawn(axes[0])
+
+
+def test_windows_of_single_epochs_and_more_than_a_row_of_them_can_be_drawn(accounts):
+    axes = plots.gradient_norms(accounts, window=1)
+    assert [each.get_title() for each in axes] == [f"epoch {epoch}" for epoch in range(1, 8)]
+    assert drawn(axes[0])
+
+
+def test_gradient_panels_average_over_all_epochs_and_call_the_parts_as_asked(accounts):
+    (axes,) = plots.gradient_panels({"digits": accounts}, names=("others", "control"))
+    assert [line.get_label() for line in axes.get_lines()] == ["others", "control", "total"]
+    assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([0.4] * 3)
+    assert axes.get_title() == "digits"
+    assert drawn(axes)
+
+
+def test_a_part_without_a_gradient_leaves_its_line_empty(accounts):
+    (axes,) = plots.gradient_panels({"digits": accounts.assign(noisy_norm=0.0)})
+    assert [bool(pd.isna(line.get_ydata()).all()) for line in axes.get_lines()] == [False, True, False]
+    assert drawn(axes)
+
+
+def test_cosines_are_means_over_seeds_by_epoch_and_layer_group_on_one_scale(accounts):
+    undefined = accounts.assign(cosine=float("nan"))[accounts.epoch < 3]
+    axes = plots.gradient_cosines({"noisy": accounts, "none": undefined})[:2]
+    (mesh,), (empty,) = (each.collections for each in axes)
+    assert mesh.get_array().shape == (7, 3)
+    assert mesh.get_array()[0].tolist() == pytest.approx([-0.5, 0.05, 0.05])
+    assert mesh.get_clim() == (-1, 1)
+    assert empty.get_array().mask.all()
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [str(epoch) for epoch in range(1, 8)]
+    assert axes[0].yaxis_inverted()
+    assert drawn(axes[0])
 
 
 def test_the_gallery_shows_every_image_once_in_its_colours():
