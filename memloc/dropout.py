@@ -105,7 +105,11 @@ class ExampleTiedDropout(nn.Module):
 
         Returns:
             Bool, shape ``(B, *shape)``, on the device of the indices.
+
+        Raises:
+            ValueError: If the indices are of another kind, or beyond the layer's examples.
         """
+        _check_indices(indices, [self])
         return self._on(indices).bool().unflatten(1, self.shape)
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -119,17 +123,21 @@ class ExampleTiedDropout(nn.Module):
         if self._mode == "all" or self.p_gen == 1:
             return activations
         if self._mode == "own":
-            factors = self._on(self._known_indices(len(activations)).to(activations.device))
+            factors = self._on(self._known_indices(len(activations)).to(activations.device)).to(activations.dtype)
         else:
-            factors = torch.full((1, self._size), self.rescale if self._mode == "drop" else 1.0)
+            factors = activations.new_full((1, self._size), self.rescale if self._mode == "drop" else 1.0)
             factors[:, self._shared :] = 0.0 if self._mode == "drop" else self.p_mem
         spread = self.shape + (1,) * (activations.ndim - 1 - len(self.shape))
-        return activations * factors.to(activations.device, activations.dtype).unflatten(1, spread)
+        return activations * factors.unflatten(1, spread)
 
     def extra_repr(self) -> str:
         """Say what decides the masks."""
         count = "any" if self.count is None else self.count
         return f"{self.shape}, count={count}, p_gen={self.p_gen}, p_mem={self.p_mem}, salt={self.salt}"
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let a copy be outside of every block of :func:`examples`, which could not put it back."""
+        return {**super().__getstate__(), "_mode": "own", "_indices": None}
 
     def _known_indices(self, expected: int) -> Tensor:
         if self._indices is None:
@@ -145,17 +153,18 @@ class ExampleTiedDropout(nn.Module):
         """Give the masks of some examples as zeros and ones, uint8, shape ``(B, size)``."""
         if self.masks is None:
             return self._draw(indices)
-        bits = torch.arange(8, dtype=torch.uint8, device=self.masks.device)
         packed = self.masks[indices.to(self.masks.device)]
-        return ((packed[:, :, None] >> bits) & 1).flatten(1)[:, : self._size].to(indices.device)
+        spread = _SPREAD.to(packed.device).take(packed.long()).view(torch.uint8)
+        return spread[:, : self._size].to(indices.device)
 
     def _draw(self, indices: Tensor) -> Tensor:
         """Compute the masks of some examples as zeros and ones, uint8, shape ``(B, size)``."""
         on = torch.ones(len(indices), self._size, dtype=torch.uint8, device=indices.device)
         if self.parity:
-            probability = torch.full((1, self._size - self._shared), self.p_mem)
+            shape = (1, self._size - self._shared)
+            probability = torch.full(shape, self.p_mem, dtype=torch.float32, device="cpu")
             for row, index in zip(on, indices.tolist(), strict=True):
-                own = torch.Generator().manual_seed(index)
+                own = torch.Generator("cpu").manual_seed(index)
                 row[self._shared :] = torch.bernoulli(probability, generator=own)[0]
         else:
             key = derive(self.seed, "masks", self.salt)
@@ -166,10 +175,14 @@ class ExampleTiedDropout(nn.Module):
 
     def _table(self, count: int) -> Tensor:
         """Draw the masks of all examples, eight to a byte. Uint8, shape ``(N, ⌈size / 8⌉)``."""
-        rows = [np.packbits(self._draw(part).numpy(), 1, "little") for part in torch.arange(count).split(4096)]
+        parts = torch.arange(count, device="cpu").split(4096)
+        rows = [np.packbits(self._draw(part).numpy(), 1, "little") for part in parts]
         return torch.from_numpy(np.concatenate(rows))
 
 
+_SPREAD = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")).view(
+    torch.int64
+)  # the bits of every byte as eight bytes, so that one look-up spreads eight masks
 _STEP = -7046029254386353131  # 2⁶⁴ divided by the golden ratio, as int64
 
 
@@ -278,7 +291,9 @@ class FixedDropout(nn.Module):
         if not 0 <= rate < 1:
             raise ValueError(f"rate must be a fraction from 0 to less than 1, got {rate!r}")
         sizes, self.rate = _checked_shape(shape), rate
-        self.register_buffer("mask", torch.rand(sizes, generator=generator(seed, "fixed dropout", salt)) >= rate)
+        self.salt = salt
+        rng = generator(seed, "fixed dropout", salt)
+        self.register_buffer("mask", torch.rand(sizes, generator=rng, dtype=torch.float32, device="cpu") >= rate)
 
     def forward(self, activations: Tensor) -> Tensor:
         """Switch channels off; the result has the shape and type of the activations."""
@@ -333,7 +348,8 @@ def insert(
         p_gen: Share of generalization channels of example-tied dropout.
         p_mem: Probability of its memorization channels.
         rate: Probability that an element (``standard``) or a channel (``fixed``) is off.
-        seed: Decides the masks of ``tied`` and ``fixed``; each slot has its own salt.
+        seed: Decides the masks of ``tied`` and ``fixed``; each slot has its own salt, also when the slots are filled in
+            several calls.
 
     Returns:
         The network.
@@ -353,9 +369,13 @@ def insert(
     for place in chosen:
         if place not in known:
             raise ValueError(f"places must be among {', '.join(known) or 'none'}, got {place!r}")
-    if kind != "none" and not chosen:
+    if kind != "none" and not known:
         raise ValueError(f"model must have a place for dropout, {type(model).__name__.lstrip('_')} has none")
-    for salt, (place, shape) in enumerate(known.items()):
+    if kind != "none" and not chosen:
+        raise ValueError(f"places must be at least one of {', '.join(known)}, got none")
+    masked = [module for module in model.modules() if isinstance(module, ExampleTiedDropout | FixedDropout)]
+    first = 1 + max((module.salt for module in masked), default=-1)
+    for salt, (place, shape) in enumerate(known.items(), first):
         if kind == "none" or place not in chosen:
             continue
         layer: nn.Module = nn.Dropout(rate)

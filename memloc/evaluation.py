@@ -78,12 +78,17 @@ def predict(
     Returns:
         Logits, float32, shape ``(N, K)``.
 
+    Raises:
+        ValueError: If there is not an index for each image, or the mode is unknown.
+
     Example:
         >>> predict(nn.Flatten(), torch.ones(3, 1, 1, 2)).shape
         torch.Size([3, 2])
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     whose = torch.arange(len(images), device=images.device) if indices is None else indices
+    if len(whose) != len(images):
+        raise ValueError(f"indices must be one per image, {len(images)}, got {len(whose)}")
     logits = []
     with torch.no_grad(), evaluation_mode(model), autocast(images.device, precision):
         for batch, own in zip(images.split(batch_size), whose.split(batch_size), strict=True):
