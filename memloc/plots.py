@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 __all__ = [
@@ -183,7 +184,7 @@ def gradient_panels(tables: Mapping[str, pd.DataFrame], names: Sequence[str] = (
     for each, table in zip(axes, tables.values(), strict=False):
         gradient_lines(table, each, names)
         each.tick_params(axis="x", rotation=45)
-        each.set(xlabel="layer group", ylabel="norm / √size, mean over epochs")
+        each.set(xlabel="layer group", ylabel="norm / √size")
     _legend_below(axes[0])
     return axes
 
@@ -207,6 +208,9 @@ def gradient_lines(table: pd.DataFrame, axes: Axes, names: Sequence[str] = ("cle
         axes.plot(groups, found["mean"], line, color=color, marker=marker, label=label)
         axes.fill_between(groups, found["min"], found["max"], color=color, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     return axes
 
 
