@@ -33,6 +33,7 @@ __all__ = [
 
 
 Loss = Callable[[Tensor, Batch], Tensor]
+Stop = Callable[[Sequence[Mapping[str, Any]]], bool]
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -44,7 +45,14 @@ class _Loop:
     """A training at some epoch: all that changes while it runs, and how to save and load it."""
 
     def __init__(
-        self, model: nn.Module, data: Data, settings: Settings, loss: Loss, observers: Sequence[Observer]
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: Settings,
+        loss: Loss,
+        observers: Sequence[Observer],
+        examples: Tensor | None = None,
+        frozen_buffers: bool = False,
     ) -> None:
         self.device = data.train.images.device
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -55,7 +63,9 @@ class _Loop:
             raise ValueError(f"compile must be False for observers that compute gradients, got True with {graphs}")
         self.forward = torch.compile(model) if settings.compile else model
         self.data, self.settings, self.loss, self.observers = data, settings, loss, observers
+        self.examples = data.train.indices if examples is None else _chosen(examples, data.train.noise_mask)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.still = _owners_of_frozen_buffers(model) if frozen_buffers else []
         self.optimizer = torch.optim.SGD(
             list(self.parameters.values()),
             lr=settings.learning_rate,
@@ -88,15 +98,15 @@ class _Loop:
         except ValueError as error:
             if len(batch.images) > 1:
                 raise
-            got = f"{self.settings.batch_size} for {len(self.data.train)} examples ({error})"
+            got = f"{self.settings.batch_size} for {len(self.examples)} examples ({error})"
             raise ValueError(f"batch_size must not leave a batch of one, got {got}: choose another") from error
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Yield the training set in an order that depends on the seed and the epoch alone."""
+        """Yield the examples to train on in an order that depends on the seed and the epoch alone."""
         train, seed = self.data.train, self.settings.seed
-        order = torch.randperm(len(train), generator=generator(seed, "order", epoch)).to(self.device)
+        order = torch.randperm(len(self.examples), generator=generator(seed, "order", epoch)).to(self.device)
         augmentation = generator(seed, "augment", epoch)
-        for indices in order.split(self.settings.batch_size):
+        for indices in self.examples[order].split(self.settings.batch_size):
             images = train.images[indices]
             if self.settings.augment:
                 images = datasets.augment(images, augmentation)
@@ -106,10 +116,13 @@ class _Loop:
     def train_epoch(self, epoch: int) -> None:
         """Take all the steps of an epoch, counted from 1."""
         self.model.train()
-        steps = math.ceil(len(self.data.train) / self.settings.batch_size)
+        for module in self.still:
+            module.training = False
+        steps = math.ceil(len(self.examples) / self.settings.batch_size)
         for step, batch in enumerate(self.batches(epoch)):
             done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
             self.step(batch, learning_rate(self.settings, done))
+        self.model.train()
 
     def evaluate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the network after an epoch, tell the observers, and return what the history says of it."""
@@ -156,6 +169,25 @@ class _Loop:
             observer.restore(_under(f"observer.{observer.name}.", state))
 
 
+def _chosen(examples: Tensor, mask: Tensor) -> Tensor:
+    """Return the positions at which a mask of examples, as long as another, is true."""
+    if examples.dtype != torch.bool or examples.shape != mask.shape or not examples.any():
+        got = f"{examples.dtype} {tuple(examples.shape)} with {int(examples.sum())} of them"
+        raise ValueError(f"examples must be bool {tuple(mask.shape)} and choose at least one, got {got}")
+    return examples.nonzero()[:, 0].to(mask.device)
+
+
+def _owners_of_frozen_buffers(model: nn.Module) -> list[nn.Module]:
+    """List the modules that own buffers and train no parameter; one without parameters goes with what is before it."""
+    is_trained, owners = next(model.parameters()).requires_grad, []
+    for module in model.modules():
+        own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+        is_trained = any(own) if own else is_trained
+        if not is_trained and any(True for _ in module.buffers(recurse=False)):
+            owners.append(module)
+    return owners
+
+
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -167,6 +199,9 @@ def train(
     *,
     loss: Loss = cross_entropy,
     frozen: Iterable[str] = (),
+    frozen_buffers: bool = False,
+    examples: Tensor | None = None,
+    stop: Stop | None = None,
     observers: Sequence[Observer] = (),
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -180,7 +215,12 @@ def train(
         settings: How to train; a :class:`memloc.recipes.Recipe` will do.
         loss: Gives the loss of each example, shape ``(B,)``, from logits and batch; the step follows their mean.
         frozen: Layer groups (:func:`memloc.models.layer_groups`) whose parameters stay as they are. Batch-norm
-            statistics are buffers, not parameters, and move all the same.
+            statistics are buffers, not parameters, and move all the same, unless:
+        frozen_buffers: Whether the buffers of frozen layer groups stay as well, because their modules are in evaluation
+            mode while the others are trained.
+        examples: Which training examples to train on, all the others being evaluated only. Bool, shape ``(N,)``; None
+            takes all.
+        stop: Asked after each epoch, given the rows of the history so far, whether to end the training early.
         observers: What watches the training.
         progress: Whether to show a bar with the time left; None shows it on a terminal only.
 
@@ -191,7 +231,7 @@ def train(
 
     Raises:
         ValueError: If the network cannot take the images or the last batch, a frozen layer group is unknown, or no
-            parameter is left to train.
+            parameter or no example is left to train.
 
     Source:
         Maini et al. (2023), reference code, sections 1.4 and 2a of its description.
@@ -203,8 +243,12 @@ def train(
         [0, 1, 2]
     """
     with _freeze(model, frozen):
-        loop = _Loop(model, data, settings, loss, observers)
-        rows = [loop.epoch(epoch) for epoch in _counted(range(settings.epochs + 1), "training", progress)]
+        loop = _Loop(model, data, settings, loss, observers, examples, frozen_buffers)
+        rows: list[dict[str, Any]] = []
+        for epoch in _counted(range(settings.epochs + 1), "training", progress):
+            rows.append(loop.epoch(epoch))
+            if stop is not None and stop(rows):
+                break
     return pd.DataFrame(rows)
 
 

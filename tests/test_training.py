@@ -163,6 +163,83 @@ def test_frozen_layer_groups_do_not_move_and_can_be_trained_again_afterwards(tin
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_buffers_of_frozen_layer_groups_stay_when_asked_and_those_of_others_move(tiny):
+    model = network(tiny)
+    before = weights(model)
+    settings, groups = Settings(epochs=1, batch_size=16), models.layer_groups(model)
+    train(model, tiny, settings, frozen=[name for name in groups if name != "conv1"], frozen_buffers=True)
+    moved = {name for name, value in weights(model).items() if not torch.equal(before[name], value)}
+    assert moved == {name for name in before if name.startswith("conv1")}
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_buffers_are_those_of_norms_without_weights_and_of_containers_too(tiny):
+    class Counts(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, images):
+            self.steps += self.training
+            return super().forward(images)
+
+    def trained(frozen):
+        norms = [nn.BatchNorm1d(8, affine=False) for _ in range(2)]
+        layers = nn.Flatten(), nn.Linear(64, 8), norms[0], nn.Linear(8, 8), norms[1], nn.Linear(8, 10)
+        model = Counts(*layers).to(tiny.train.images.device)
+        train(model, tiny, Settings(epochs=1), frozen=frozen, frozen_buffers=True)
+        return [model.steps.item(), *(norm.num_batches_tracked.item() for norm in norms)]
+
+    assert trained(["1", "5"]) == [0, 0, 1]
+    assert trained(["3", "5"]) == [1, 1, 0]
+
+
+def test_only_the_chosen_examples_are_trained_on_and_all_are_evaluated(tiny):
+    chosen, watch = ~tiny.train.noise_mask, Nosy()
+    history = train(
+        network(tiny),
+        tiny,
+        Settings(epochs=2, batch_size=20),
+        examples=chosen,
+        observers=[watch],
+        stop=lambda rows: False,
+    )
+    assert sorted(watch.seen) == sorted(2 * chosen.nonzero()[:, 0].tolist())
+    assert watch.seen != sorted(watch.seen)
+    assert history.noisy_accuracy.notna().all()
+
+
+def test_the_steps_of_chosen_examples_have_the_rates_of_a_training_set_that_holds_no_others(tiny):
+    images, labels = tiny.train.images[16:], tiny.train.labels[16:]
+    alone = datasets.from_arrays(images, labels, images, labels, device=images.device)
+    chosen = tiny.train.indices >= 16
+    models_ = [network(tiny), network(tiny)]
+    settings = Settings(epochs=3, batch_size=20, learning_rate=0.1)
+    train(models_[0], tiny, settings, examples=chosen)
+    train(models_[1], alone, settings)
+    assert same(weights(models_[0]), weights(models_[1]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(64, dtype=torch.bool), torch.ones(63, dtype=torch.bool), torch.ones(64)], ids=str
+)
+def test_no_example_or_a_mask_that_does_not_fit_is_refused(tiny, wrong):
+    with pytest.raises(ValueError, match=r"examples must be bool \(64,\) and choose at least one, got torch"):
+        train(network(tiny), tiny, Settings(epochs=1), examples=wrong)
+
+
+def test_a_training_ends_after_the_epoch_at_which_it_is_told_to_stop(tiny):
+    asked = []
+
+    def stop(rows):
+        asked.append([row["epoch"] for row in rows])
+        return len(rows) == 3
+
+    history = train(network(tiny), tiny, Settings(epochs=5), stop=stop)
+    assert list(history.epoch) == [0, 1, 2]
+    assert asked == [[0], [0, 1], [0, 1, 2]]
+
+
 def test_a_loss_of_ones_own_is_what_is_minimised(tiny):
     def towards_class_three(logits, batch):
         assert batch.images.shape[0] == len(batch.labels) == len(batch.indices) == len(batch.noise_mask)
