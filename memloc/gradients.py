@@ -103,7 +103,7 @@ class GradientAccounting(Observer):
             _check_mask("examples", examples)
         self.name = name
         self._examples = examples
-        self._step: dict[str, Tensor] | None = None
+        self._step: dict[str, Tensor] | None = {}  # the noisy part of this step's gradient; None is all of it
         self._noisy: dict[str, Tensor] = {}
         self._total: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
@@ -120,7 +120,7 @@ class GradientAccounting(Observer):
         mask = self._set_apart(batch)
         count = int(mask.sum())
         if count == len(mask):
-            self._step = None  # all of the step's gradient, to which a second way back would add rounding errors
+            self._step = None  # a second way back would only add rounding errors
         elif count == 0:
             self._step = {}
         else:
@@ -174,7 +174,7 @@ class GradientAccounting(Observer):
 
     def table(self) -> dict[str, Tensor]:
         """Return the rows so far by layer group: float64, shape ``(T, 4)``, the columns of :class:`Accounting`."""
-        return {group: torch.stack(rows) if rows else torch.zeros(0, 4) for group, rows in self._rows.items()}
+        return {group: torch.stack(rows) if rows else torch.zeros(0, 4).double() for group, rows in self._rows.items()}
 
     def restore(self, table: Mapping[str, Tensor]) -> None:
         """Take up earlier rows."""

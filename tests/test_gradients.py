@@ -461,7 +461,7 @@ def test_before_the_first_epoch_has_ended_there_is_no_result(tiny):
     train(network(), tiny, Settings(epochs=0), observers=[accounting])
     with pytest.raises(ValueError, match="no epoch has ended yet"):
         accounting.result()
-    assert {tuple(rows.shape) for rows in accounting.table().values()} == {(0, 4)}
+    assert {(tuple(rows.shape), rows.dtype) for rows in accounting.table().values()} == {((0, 4), torch.float64)}
 
 
 # The control.
