@@ -231,7 +231,7 @@ def gradient_cosines(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
     for each, table in zip(axes, tables.values(), strict=False):
         groups = list(table.layer_group.unique())
         means = table.groupby(["epoch", "layer_group"]).cosine.mean().unstack()[groups]
-        mesh = each.pcolormesh(means.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        mesh = each.pcolormesh(means.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1, edgecolors="face", linewidth=0.3)
         each.set_xticks(np.arange(len(groups)) + 0.5, groups, rotation=45)
         shown = np.arange(0, len(means), max(1, len(means) // 8))
         each.set_yticks(shown + 0.5, [str(epoch) for epoch in means.index[shown]])
