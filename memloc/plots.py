@@ -407,7 +407,6 @@ def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
     return axes
 
 
-def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
 def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Axes:
     """Draw one measure of several kinds of examples: the mean over seeds, and the range over seeds as a band.
 
@@ -453,7 +452,7 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
     return axes
 
 
-def _panels(titles: Sequence[str]) -> list[Axes]:
+def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
     """Make one axes a title, two in a row; without titles, one that says that there is nothing."""
     rows = max(1, -(-len(titles) // 2))
     columns = min(2, max(1, len(titles)))
