@@ -13,7 +13,7 @@ from torch import Tensor
 from memloc import sources
 from memloc.datasets import Data
 
-__all__ = ["PUBLISHED", "THRESHOLD", "consistency_scores", "estimate", "of", "undo_tfds_shuffle"]
+__all__ = ["PUBLISHED", "THRESHOLD", "consistency_scores", "estimate", "held_out_votes", "of", "undo_tfds_shuffle"]
 
 PUBLISHED: tuple[str, ...] = ("cifar10", "mnist")
 """The data sets whose C-scores :func:`consistency_scores` reads."""
@@ -24,6 +24,7 @@ THRESHOLD = 0.5
 _FILES = {"cifar10": "cscores/cifar10-cscores-orig-order.npz", "mnist": "cscores/mnist-cscores.npy"}
 _MNIST_CONVERTED = "cscores/mnist-cscores-orig-order.npz"
 _MNIST_CONVERTED_MD5 = "1cdb97e47a9ed8324dde744bb499c766"
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _NEIGHBOURS = 100  # beyond these lies less than 3e-5 of the weight of the smallest subsets
 
 
@@ -144,24 +145,13 @@ def undo_tfds_shuffle(values: np.ndarray) -> np.ndarray:
     return restored
 
 
-def estimate(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    batch_size: int = 1000,
-) -> Tensor:
+def estimate(images: Tensor, labels: Tensor, *, shares: Sequence[float] = _SHARES, batch_size: int = 1000) -> Tensor:
     """Compute the C-scores that a nearest-neighbour classifier gives, for data without published scores.
-
-    The definition asks how often a classifier that was trained on a random part of the other examples is right,
-    averaged over parts and over their size. For the nearest neighbour that needs no sampling: where each of the others
-    is in the part with probability ``s``, the nearest one that is in it is the ``j``-th nearest of all with probability
-    ``s (1 - s)^(j - 1)``.
 
     Args:
         images: Shape ``(N, …)``; compared by Euclidean distance, pixel by pixel. At least two.
-        labels: The labels whose regularity is in question. Int64, shape ``(N,)``.
-        shares: Sizes of the random part, as fractions of the other examples, each above 0 and at most 1.
+        labels: The labels whose regularity is in question. Int64, shape ``(N,)``, from 0 up.
+        shares: Sizes of the training set, as fractions of the other examples, each above 0 and at most 1.
         batch_size: Images at a time.
 
     Returns:
@@ -172,12 +162,42 @@ def estimate(
 
     Source:
         The definition is that of Jiang et al. (2021); they train networks on samples of 10 to 90 % of the data. The
-        classifier, and expectations in place of samples, are ours.
+        classifier, and expectations in place of samples, are ours: see :func:`held_out_votes`.
 
     Example:
         >>> points = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
         >>> estimate(points, torch.tensor([0, 0, 1, 1, 1])).round(decimals=2)  # the third lies among zeros
         tensor([0.6000, 0.6000, 0.1800, 0.8200, 0.8200])
+    """
+    votes = held_out_votes(images, labels, shares=shares, batch_size=batch_size)
+    return votes.gather(1, labels[:, None]).squeeze(1)
+
+
+def held_out_votes(
+    images: Tensor, labels: Tensor, *, shares: Sequence[float] = _SHARES, batch_size: int = 1000
+) -> Tensor:
+    """Compute how often a nearest-neighbour classifier gives each class to an example that it was not trained on.
+
+    The mean is over random parts of the other examples as training set, and over the size of the part. For the nearest
+    neighbour that needs no sampling: where each of the others is in the part with probability ``s``, the nearest one
+    that is in it is the ``j``-th nearest of all with probability ``s (1 - s)^(j - 1)``.
+
+    Args:
+        images: Shape ``(N, …)``; compared by Euclidean distance, pixel by pixel. At least two.
+        labels: What the classifier is trained on. Int64, shape ``(N,)``, from 0 up.
+        shares: Sizes of the part, as fractions of the other examples, each above 0 and at most 1.
+        batch_size: Images at a time.
+
+    Returns:
+        Frequencies, rows sum up to 1. Float32, shape ``(N, K)``, on the device of the images.
+
+    Raises:
+        ValueError: If an argument is out of range or the shapes do not fit.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
+        >>> held_out_votes(points, torch.tensor([0, 0, 1, 1, 1]))[2].round(decimals=2)
+        tensor([0.8200, 0.1800])
     """
     if labels.shape != images.shape[:1] or len(images) < 2:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
@@ -189,10 +209,10 @@ def estimate(
     each = torch.tensor(shares, dtype=torch.float64)[:, None]
     weights = (each * (1 - each) ** torch.arange(depth)).sum(0)
     weights = (weights / weights.sum()).float().to(points.device)
-    scores = []
+    votes = torch.zeros(len(points), int(labels.amax()) + 1, device=points.device)
     for rows in torch.arange(len(points), device=points.device).split(batch_size):
         distances = torch.cdist(points[rows], points)
         distances.scatter_(1, rows[:, None], torch.inf)  # the example itself is held out
         nearest = distances.topk(depth, largest=False).indices
-        scores.append((labels[nearest] == labels[rows, None]).float() @ weights)
-    return torch.cat(scores)
+        votes[rows] = votes[rows].scatter_add(1, labels[nearest], weights.expand(len(rows), -1))
+    return votes

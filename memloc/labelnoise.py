@@ -1,4 +1,4 @@
-"""Replace training labels by wrong ones: at random, by permuting them, or by what people answered.
+"""Replace training labels by wrong ones: at random, by permuting them, by confusion, or by what people answered.
 
 Noise is a function of the true labels, a rate and a seed. Test labels are never touched.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memloc import sources
+from memloc import cscores, sources
 from memloc.datasets import Data
 from memloc.randomness import generator
 
@@ -26,7 +26,7 @@ _HUMAN = {  # our kind and the name of the published array
     "human-worse": "worse_label",
 }
 
-KINDS: tuple[str, ...] = ("flip", "parity", "permute", *_HUMAN)
+KINDS: tuple[str, ...] = ("flip", "parity", "permute", "confuse", *_HUMAN)
 """The kinds of label noise that :func:`apply` knows."""
 
 
@@ -135,6 +135,51 @@ def permute_labels(labels: Tensor, noise_rate: float, seed: int) -> NoisyLabels:
     return _replaced(labels, chosen, labels[chosen[order]])
 
 
+def confuse_labels(images: Tensor, labels: Tensor, noise_rate: float, num_classes: int, seed: int) -> NoisyLabels:
+    """Replace the labels of ambiguous examples by the classes that they are mistaken for.
+
+    An imitation of human errors. Each class has a frequency with which a nearest-neighbour classifier gives it to an
+    example that it was not trained on (:func:`memloc.cscores.held_out_votes`). Exactly ``floor(noise_rate * N)``
+    examples are drawn without replacement, with probabilities in proportion to the frequency of a wrong class, and the
+    new label of each among the wrong classes in proportion to theirs.
+
+    Args:
+        images: The images. Shape ``(N, …)``, at least two.
+        labels: The true labels. Int64, shape ``(N,)``, from 0 to ``K - 1``.
+        noise_rate: Share of labels to replace, 0 to 1.
+        num_classes: The number of classes ``K``, at least two.
+        seed: Decides which labels are replaced, and by what.
+
+    Returns:
+        The noisy labels, on the device of ``labels``. ``noise_mask`` marks the replaced ones, all of them wrong.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Ours, for data that nobody has labelled wrongly.
+
+    Example:
+        >>> images, labels = torch.tensor([[0.0], [0.1], [0.2], [0.3], [4.0], [4.1]]), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> confuse_labels(images, labels, 0.17, num_classes=2, seed=2).labels  # the fourth lies among zeros
+        tensor([0, 0, 0, 0, 1, 1])
+    """
+    _check(labels, noise_rate, num_classes)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2 to be confused, got {num_classes}: no wrong class is left")
+    count = math.floor(noise_rate * len(labels))
+    if count == 0:
+        return NoisyLabels(labels.clone(), labels, torch.zeros_like(labels, dtype=torch.bool))
+    votes = cscores.held_out_votes(images, labels).cpu().double()
+    wrong = torch.full((len(labels), num_classes), 1e-6, dtype=torch.float64)  # no wrong class is impossible
+    wrong[:, : votes.shape[1]] += votes
+    wrong.scatter_(1, labels.cpu()[:, None], 0.0)
+    rng = generator(seed, "confusion")
+    chosen = wrong.sum(1).multinomial(count, generator=rng)
+    replacements = wrong[chosen].multinomial(1, generator=rng).squeeze(1)
+    return _replaced(labels, chosen.to(labels.device), replacements.to(labels.device))
+
+
 def human_labels(kind: str, true_labels: Tensor, root: str | os.PathLike[str] | None = None) -> NoisyLabels:
     """Read the labels that people gave to the training images of CIFAR-10.
 
@@ -199,10 +244,12 @@ def apply(data: Data, kind: str, noise_rate: float, seed: int, root: str | os.Pa
         noisy = flip_labels(true_labels, noise_rate, data.num_classes, seed, parity=kind == "parity")
     elif kind == "permute":
         noisy = permute_labels(true_labels, noise_rate, seed)
+    elif kind == "confuse":
+        noisy = confuse_labels(data.train.images, true_labels, noise_rate, data.num_classes, seed)
     elif kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     elif data.name != "cifar10":
-        raise ValueError(f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip, parity or permute")
+        raise ValueError(f"{kind} labels are of cifar10, got {data.name}: take cifar10, or flip labels")
     else:
         noisy = human_labels(kind, true_labels, root)
     return data.with_labels(noisy.labels, noisy.noise_mask)

@@ -137,6 +137,7 @@ PARAMETERS: dict[str, Parameter] = {
                 "flip",
                 "parity",
                 "permute",
+                "confuse",
                 "human-aggregate",
                 "human-random1",
                 "human-random2",

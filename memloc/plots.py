@@ -17,6 +17,8 @@ from torch import Tensor
 __all__ = [
     "accuracy_curves",
     "accuracy_panels",
+    "by_kind",
+    "by_kind_panels",
     "gallery",
     "gradient_cosines",
     "gradient_lines",
@@ -43,6 +45,12 @@ _NORMS = {  # column: colour, line, marker
     "noisy_norm": ("#D55E00", "--", "s"),
     "total_norm": ("#0072B2", "-.", "^"),
 }
+_KINDS = (  # of examples, in the order in which a table has them: colour, line, marker
+    ("#D55E00", "--", "s"),
+    ("#0072B2", "-", "o"),
+    ("#CC79A7", "-.", "^"),
+    ("#555555", ":", "D"),
+)
 _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
     "rewind": ("#0072B2", "///"),
@@ -396,6 +404,51 @@ def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("layer group rewound")
     axes.set_ylabel("accuracy lost (fraction)")
+    return axes
+
+
+def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Axes:
+    """Draw one measure of several kinds of examples: the mean over seeds, and the range over seeds as a band.
+
+    Args:
+        table: One row a kind, seed and place on the horizontal axis: columns ``kind``, ``seed``, ``x`` and ``y``.
+        x: The column along the horizontal axis, numbers or names, e.g. ``"layer_group"``.
+        y: The column of the measure.
+        axes: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes, with a line for each of up to four kinds.
+    """
+    axes = axes or plt.subplots()[1]
+    for kind, (color, line, marker) in zip(table.kind.unique(), _KINDS, strict=False):
+        rows = table[table.kind == kind].groupby(x, sort=False)[y].agg(["mean", "min", "max"])
+        every = max(1, len(rows) // 10)
+        axes.plot(rows.index, rows["mean"], line, color=color, marker=marker, markevery=every, label=kind)
+        axes.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
+    axes.set_xlabel(x.replace("_", " "))
+    if isinstance(table[x].iloc[0], str):
+        axes.tick_params(axis="x", rotation=45)
+    return axes
+
+
+def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence[str], ylabel: str) -> Sequence[Axes]:
+    """Draw :func:`by_kind` side by side.
+
+    Args:
+        panels: Tables by the title of the panel; none gives a panel that says so.
+        x: The column along the horizontal axis.
+        y: The column of the measure, or one for each panel.
+        ylabel: What the vertical axes show, with its unit.
+
+    Returns:
+        The axes, one a panel.
+    """
+    axes = _panels(list(panels))
+    columns = [y] * len(panels) if isinstance(y, str) else y
+    for each, table, column in zip(axes, panels.values(), columns, strict=False):
+        by_kind(table, x, column, each)
+        each.set_ylabel(ylabel)
+    _legend_below(axes[0])
     return axes
 
 

@@ -161,6 +161,14 @@ def test_an_estimate_is_the_expectation_over_all_parts_of_the_other_examples(sha
     assert torch.allclose(found.cpu(), enumerated(points.cpu(), labels.cpu(), shares), atol=1e-6)
 
 
+def test_votes_are_shares_of_the_classes_by_the_same_definition(device):
+    points = torch.tensor([[0.0], [1.0], [3.0], [7.0]], device=device)
+    votes = cscores.held_out_votes(points, torch.tensor([0, 3, 1, 1], device=device), shares=[0.5], batch_size=2)
+    # The first one's neighbours are 3, 1, 1 in this order, with weights 1/2, 1/4, 1/8 out of 7/8.
+    assert torch.allclose(votes[0].cpu(), torch.tensor([0, 3 / 7, 0, 4 / 7]))
+    assert torch.allclose(votes.sum(1).cpu(), torch.ones(4))
+
+
 def test_wrong_labels_have_low_scores_and_true_ones_high(device, global_generator_untouched):
     data = labelnoise.apply(datasets.load("digits", device=device), "flip", 0.1, seed=0)
     scores = cscores.estimate(data.train.images, data.train.labels)

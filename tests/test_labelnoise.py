@@ -181,6 +181,57 @@ def test_permutations_depend_on_the_seed_alone(labels):
     assert not torch.equal(one.noise_mask, other.noise_mask)
 
 
+@pytest.fixture
+def points():
+    """100 points of each class on a line, of which the first ten of class 0 lie among class 1."""
+    return torch.cat([torch.linspace(5, 6, 10), torch.linspace(0, 1, 90), torch.linspace(5, 6, 100)])[:, None]
+
+
+@pytest.fixture
+def two_classes():
+    return torch.arange(200) // 100
+
+
+def test_confusion_hits_what_looks_like_another_class(points, two_classes, device, global_generator_untouched):
+    noisy = labelnoise.confuse_labels(points.to(device), two_classes.to(device), 0.05, 2, seed=1)
+    assert noisy.labels.device == noisy.noise_mask.device == noisy.true_labels.device
+    assert noisy.noise_mask.sum().item() == 10
+    assert noisy.noise_mask[10:100].sum() == 0  # nothing lies near them
+    assert noisy.noise_mask[:10].sum() >= 3  # of ten hits; without looking it would be half a hit
+    assert torch.equal(noisy.noise_mask, noisy.labels != noisy.true_labels)
+
+
+@pytest.mark.parametrize("count", [1, 3, 199, 200])
+def test_confusion_replaces_exactly_so_many_labels(points, two_classes, count):
+    noisy = labelnoise.confuse_labels(points, two_classes, (count + 0.5) / 200 if count < 200 else 1.0, 4, seed=1)
+    assert (noisy.labels != two_classes).sum().item() == noisy.noise_mask.sum().item() == count
+    assert noisy.labels.amax() < 4
+
+
+def test_confused_labels_are_drawn_by_the_frequency_of_each_class():
+    images = torch.cat([torch.zeros(1), torch.full((100,), 1.0), torch.full((100,), 1.1)])[:, None]
+    labels = torch.tensor([0] + [1] * 100 + [2] * 100)
+    drawn = [labelnoise.confuse_labels(images, labels, 1.0, 3, seed).labels[0].item() for seed in range(50)]
+    assert drawn.count(1) == 50  # a hundred of class 1 are nearer than the first of class 2
+
+
+def test_confusion_depends_on_the_seed_alone(points, two_classes):
+    one, again, other = (labelnoise.confuse_labels(points, two_classes, 0.1, 2, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.labels, again.labels)
+    assert not torch.equal(one.noise_mask, other.noise_mask)
+
+
+def test_no_rate_confuses_nothing(points, two_classes):
+    noisy = labelnoise.confuse_labels(points, two_classes, 0.0, 2, seed=0)
+    assert torch.equal(noisy.labels, two_classes)
+    assert not noisy.noise_mask.any()
+
+
+def test_one_class_cannot_be_confused(points):
+    with pytest.raises(ValueError, match="num_classes must be at least 2 to be confused, got 1"):
+        labelnoise.confuse_labels(points, torch.zeros(200, dtype=torch.int64), 0.5, 1, seed=0)
+
+
 @pytest.mark.parametrize("examples", [30, 7])
 def test_human_labels_are_those_of_the_first_examples(publish, human_arrays, examples):
     publish(human_arrays)
@@ -274,7 +325,7 @@ def test_human_labels_need_cifar10():
 
 @pytest.mark.parametrize("kind", ["", "flips", "human"])
 def test_an_unknown_kind_is_refused(tiny_cifar10, kind):
-    with pytest.raises(ValueError, match="kind must be one of flip, parity, permute, human-aggregate"):
+    with pytest.raises(ValueError, match="kind must be one of flip, parity, permute, confuse, human-aggregate"):
         labelnoise.apply(tiny_cifar10, kind, 0.1, 0)
     with pytest.raises(ValueError, match="kind must be one of human-aggregate"):
         labelnoise.human_labels(kind, tiny_cifar10.train.true_labels)

@@ -193,6 +193,42 @@ def test_treatments_are_bars_of_means_with_a_dot_for_every_seed(rewound):
     assert drawn(noisy)
 
 
+@pytest.fixture
+def kinds():
+    rows = [
+        {"kind": kind, "seed": seed, "layer_group": group, "lost": 0.1 * place + 0.2 * seed + shift, "kept": 1 - shift}
+        for shift, kind in enumerate(("flipped", "human", "rare"))
+        for seed in range(2) for place, group in enumerate(("stem", "body", "head"))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_kinds_are_lines_of_means_with_a_band_over_seeds_and_the_groups_in_their_order(kinds):
+    axes = plots.by_kind(kinds, "layer_group", "lost")
+    assert [line.get_label() for line in axes.get_lines()] == ["flipped", "human", "rare"]
+    assert list(axes.get_lines()[1].get_ydata()) == pytest.approx([1.1, 1.2, 1.3])
+    band = axes.collections[1].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((1.0, 1.4))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stem", "body", "head"]
+    assert axes.get_xlabel() == "layer group"
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.get_lines()]
+    assert all(len(set(each)) == 3 for each in zip(*looks, strict=True))
+    assert drawn(axes)
+
+
+def test_kinds_side_by_side_have_a_measure_each_or_one_for_all(kinds):
+    axes = plots.by_kind_panels({"a": kinds, "b": kinds}, "layer_group", ["lost", "kept"], "fraction")
+    assert [each.get_title() for each in axes] == ["a", "b"]
+    assert [each.get_ylabel() for each in axes] == ["fraction", "fraction"]
+    assert list(axes[1].get_lines()[1].get_ydata()) == [0, 0, 0]
+    assert len(axes[0].figure.legends) == 1
+    same = plots.by_kind_panels({"a": kinds, "b": kinds}, "layer_group", "lost", "fraction")
+    assert list(same[0].get_lines()[0].get_ydata()) == list(same[1].get_lines()[0].get_ydata())
+    (empty,) = plots.by_kind_panels({}, "layer_group", "lost", "fraction")
+    assert empty.texts[0].get_text() == "nothing to show yet"
+    assert drawn(empty)
+
+
 def test_the_style_is_transparent_and_drawn_as_svg(curves):
     content = drawn(plots.accuracy_curves(curves))
     assert content.startswith(b"<?xml")
