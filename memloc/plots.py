@@ -15,6 +15,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 __all__ = [
+    "accuracy_bar_panels",
+    "accuracy_bars",
     "accuracy_curves",
     "accuracy_panels",
     "by_kind",
@@ -24,6 +26,7 @@ __all__ = [
     "gradient_lines",
     "gradient_norms",
     "gradient_panels",
+    "heat_maps",
     "learned_histogram",
     "rewinding",
     "rewinding_lines",
@@ -40,6 +43,7 @@ _CURVES = {  # column: what the reader sees, colour, line, marker
     "restored_accuracy": ("noisy, true label", "#0072B2", "-.", "^"),
     "test_accuracy": ("test", "#555555", ":", "D"),
 }
+_HATCHES = ("", "///", "...", "xxx")  # of bars, in the order of the curves
 _NORMS = {  # column: colour, line, marker
     "clean_norm": ("#009E73", "-", "o"),
     "noisy_norm": ("#D55E00", "--", "s"),
@@ -450,6 +454,74 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
         each.set_ylabel(ylabel)
     _legend_below(axes[0])
     return axes
+
+
+def accuracy_bars(table: pd.DataFrame, axes: Axes | None = None) -> Axes:
+    """Draw the four accuracies of several networks, or of one network under several treatments, side by side.
+
+    Args:
+        table: A row for each network and seed: ``network`` (what the reader sees), ``seed``, and the four accuracies,
+            NaN where there is none.
+        axes: Where to draw; None makes a new figure.
+
+    Returns:
+        The axes: a bar for the mean over seeds, a dot for each seed.
+    """
+    new = plt.subplots(figsize=(8.4, 3.8))[1] if axes is None else axes
+    networks = list(table.network.unique())
+    width = 0.8 / len(_CURVES)
+    for number, ((column, (label, color, _, _)), hatch) in enumerate(zip(_CURVES.items(), _HATCHES, strict=True)):
+        place = np.arange(len(networks)) + (number - (len(_CURVES) - 1) / 2) * width
+        means = table.groupby("network")[column].mean().loc[networks]
+        new.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+        where = [place[networks.index(network)] for network in table.network]
+        new.plot(where, table[column], "o", color="black", markersize=2)
+    new.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
+    new.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
+    if axes is None:
+        _legend_below(new)
+    return new
+
+
+def accuracy_bar_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw :func:`accuracy_bars` of several runs one below the other.
+
+    Args:
+        tables: Tables as :func:`accuracy_bars` takes them, by the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    if not tables:
+        return _panels([])
+    column = plt.subplots(len(tables), 1, figsize=(8.4, 0.6 + 3.2 * len(tables)), squeeze=False)[1][:, 0]
+    for axes, (title, table) in zip(column, tables.items(), strict=True):
+        accuracy_bars(table, axes).set_title(title)
+    _legend_below(column[0])
+    return list(column)
+
+
+def heat_maps(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw shares over two parameters as coloured cells with their numbers.
+
+    Args:
+        tables: Fractions from 0 to 1 by the title of the panel; index and columns are the values of the parameters, and
+            have their names. None gives a panel that says so.
+
+    Returns:
+        The axes, one a table.
+    """
+    axes = _panels(list(tables), sharey=False)
+    for each, table in zip(axes, tables.values(), strict=False):
+        each.imshow(table.to_numpy(dtype=float), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        each.set_xticks(range(table.shape[1]), [f"{value:g}" for value in table.columns])
+        each.set_yticks(range(table.shape[0]), [f"{value:g}" for value in table.index])
+        each.set(xlabel=table.columns.name, ylabel=table.index.name)
+        each.grid(visible=False)
+        for (row, column), value in np.ndenumerate(table.to_numpy(dtype=float)):
+            color = "black" if value > 0.5 else "white"
+            each.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    return axes[: max(1, len(tables))]
 
 
 def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:

@@ -194,6 +194,51 @@ def test_treatments_are_bars_of_means_with_a_dot_for_every_seed(rewound):
 
 
 @pytest.fixture
+def networks():
+    rows = [
+        {"network": network, "seed": seed, "clean_accuracy": 0.9, "noisy_accuracy": 0.2 + 0.1 * seed,
+         "restored_accuracy": 0.3, "test_accuracy": float("nan") if network == "own" else 0.4}
+        for seed in range(3) for network in ("plain", "own", "dropped")
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_bars_are_means_of_the_four_accuracies_of_each_network_with_a_dot_for_every_seed(networks):
+    axes = plots.accuracy_bars(networks)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["plain", "own", "dropped"]
+    assert [container.get_label() for container in axes.containers] == ["clean", "noisy", "noisy, true label", "test"]
+    noisy, test = axes.containers[1], axes.containers[3]
+    assert [bar.get_height() for bar in noisy] == pytest.approx([0.3] * 3)
+    assert [bar.get_height() for bar in test] == pytest.approx([0.4, float("nan"), 0.4], nan_ok=True)
+    assert sorted(axes.get_lines()[1].get_ydata()) == pytest.approx([0.2] * 3 + [0.3] * 3 + [0.4] * 3)
+    assert all(
+        dot == pytest.approx(bar.get_center()[0])
+        for dot, bar in zip(axes.get_lines()[1].get_xdata()[:3], noisy, strict=True)
+    )
+    assert len({bars[0].get_hatch() for bars in axes.containers}) == 4
+    assert len(axes.figure.legends) == 1
+    assert drawn(axes)
+
+
+def test_bars_of_several_runs_share_one_legend(networks):
+    axes = plots.accuracy_bar_panels({"mnist": networks, "cifar10": networks})
+    assert [each.get_title() for each in axes] == ["mnist", "cifar10"]
+    assert len(axes[0].figure.legends) == 1
+    assert drawn(axes[0])
+
+
+def test_heat_maps_have_every_number_in_its_cell():
+    table = pd.DataFrame({0.1: [0.0, 0.25], 0.3: [0.5, 1.0]}, index=pd.Index([0.2, 0.4], name="p_gen"))
+    (axes,) = plots.heat_maps({"noisy": table.rename_axis(columns="p_mem")})
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("noisy", "p_mem", "p_gen")
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "0.00", (1, 0): "0.50", (0, 1): "0.25", (1, 1): "1.00"}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.3"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.2", "0.4"]
+    assert drawn(axes)
+
+
+@pytest.fixture
 def kinds():
     rows = [
         {"kind": kind, "seed": seed, "layer_group": group, "lost": 0.1 * place + 0.2 * seed + shift, "kept": 1 - shift}
