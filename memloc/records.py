@@ -357,6 +357,7 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
         "examples": metrics.get("examples", values.get("examples")),
         "n_seeds": values.get("seeds", 1),
         "seconds": about["seconds"],
+        "training_seconds": _training_seconds(content["recipes"]),
         "device": about["device"],
         "threads": about["threads"],
         "versions": about["versions"],
@@ -371,6 +372,15 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
     partial.write_text(json.dumps(_rounded(result), indent=1, ensure_ascii=False) + "\n")
     partial.replace(path)
     return path
+
+
+def _training_seconds(recipes: Sequence[dict[str, Any]]) -> float:
+    """Add up how long the trainings took that this machine keeps, whenever that was."""
+    from memloc import runs
+    from memloc.recipes import Recipe
+
+    found = [runs.find(address, None) for address in {Recipe(**recipe).address for recipe in recipes}]
+    return sum(run.provenance["seconds"] for run in found if run is not None)
 
 
 def _rounded(value: Any) -> Any:

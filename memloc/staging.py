@@ -54,7 +54,7 @@ def stage(root: Path, executed: Mapping[str, Path]) -> dict[str, bytes]:
     for page in chapters.pages(root):
         source = root / f"{page}.md"
         text = notebook_of[source] if source in notebook_of else source.read_text()
-        for marker, table in (("scoreboard", scoreboard), ("status", status), ("modules", modules)):
+        for marker, table in TABLES.items():
             if f"<!-- {marker} -->" in text:
                 text = text.replace(f"<!-- {marker} -->", table(root, executed))
         suffix = ".ipynb" if source in notebook_of else ".md"
@@ -173,6 +173,24 @@ def status(root: Path, executed: Mapping[str, Path]) -> str:
     )
 
 
+def benchmarks(root: Path, executed: Mapping[str, Path]) -> str:
+    """Make the table of the timings that ``benchmarks/record.py`` has kept.
+
+    Args:
+        root: The folder with ``_toc.yml``.
+        executed: Not used.
+
+    Returns:
+        A Markdown table, one row for each ratio, or a sentence where nothing has been kept.
+    """
+    rows = []
+    for path in sorted((root / "book" / "results" / "benchmarks").glob("*.json")):
+        found = json.loads(path.read_text())
+        where = [found["machine"], found["date"], found["commit"][:7]]
+        rows += [[path.stem, f"`{name}`", f"{value:g}", *where] for name, value in found["ratios"].items()]
+    return _table(["Benchmark", "Ratio", "Value", "Machine", "Date", "Commit"], rows) if rows else "None was kept yet."
+
+
 def modules(root: Path, executed: Mapping[str, Path]) -> str:
     """Make the reference of the package: a table of its public modules, and the docstrings of each.
 
@@ -190,6 +208,10 @@ def modules(root: Path, executed: Mapping[str, Path]) -> str:
         directive = f"```{{eval-rst}}\n.. automodule:: memloc.{path.stem}\n```"
         sections.append(f"(api-{path.stem})=\n## memloc.{path.stem}\n\n{directive}")
     return "\n\n".join([_table(["Module", "What it is for"], rows), *sections])
+
+
+TABLES = {"scoreboard": scoreboard, "status": status, "benchmarks": benchmarks, "modules": modules}
+"""What stands in the place of a marker such as ``<!-- status -->`` on a page."""
 
 
 def recorded_metrics(notebook: Path) -> dict[str, Any]:

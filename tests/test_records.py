@@ -174,8 +174,8 @@ def test_a_kept_result_has_its_provenance_in_a_stable_order(clone, tmp_path):
     assert path == clone / "book" / "results" / "rewinding" / "mnist.json"
     result = json.loads(path.read_text())
     assert " ".join(result) == (
-        "chapter preset parameters metrics tables recipes dataset examples n_seeds seconds device threads versions"
-        " commit module_sha256 date command"
+        "chapter preset parameters metrics tables recipes dataset examples n_seeds seconds training_seconds device"
+        " threads versions commit module_sha256 date command"
     )
     assert result["metrics"]["noisy-accuracy"] == 0.123457
     assert (result["dataset"], result["examples"], result["n_seeds"]) == ("mnist", None, 3)

@@ -59,8 +59,22 @@ def test_every_public_module_is_in_the_reference(small_book: SmallBook) -> None:
 
 
 def test_every_marker_of_the_pages_is_filled_in() -> None:
-    known = {"scoreboard", "status", "modules"}
     markers = {
         page: set(re.findall(r"<!-- (\w+) -->", (ROOT / f"{page}.md").read_text())) for page in chapters.pages(ROOT)
     }
-    assert set().union(*markers.values()) == known, markers
+    assert set().union(*markers.values()) == set(staging.TABLES), markers
+
+
+def test_timings_stand_with_the_machine_and_the_commit_they_come_from(small_book: SmallBook) -> None:
+    assert staging.benchmarks(small_book.root, {}) == "None was kept yet."
+    folder = small_book.root / "book" / "results" / "benchmarks"
+    folder.mkdir(parents=True)
+    kept = {
+        "ratios": {"step_over_plain": 1.646},
+        "machine": "EPYC, one thread",
+        "date": "2026-11-21",
+        "commit": "0123456789",
+    }
+    (folder / "gradients.json").write_text(json.dumps(kept))
+    row = "| gradients | `step_over_plain` | 1.646 | EPYC, one thread | 2026-11-21 | 0123456 |"
+    assert row in staging.benchmarks(small_book.root, {})
