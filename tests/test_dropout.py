@@ -442,6 +442,13 @@ def test_dropout_goes_where_it_is_sent(kind, type_):
     assert all(getattr(layer, name) == expected[name] for name in settings)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("tied", "masks"), ("fixed", "mask")])
+def test_the_seed_decides_the_masks_that_are_inserted(kind, name):
+    drawn = [getattr(network(kind, count=20, p_mem=0.5, seed=seed).after3, name) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_the_kind_none_leaves_the_network_alone():
     assert slots(network("none")) == slots(network("none", places=["after0"])) != {}
 
