@@ -169,6 +169,8 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("channels_last", bool, "memory layout that is faster for convolutions"),
         Parameter("compile", bool, "compile the model before training"),
         Parameter("batch_norm", str, "batch-norm buffers of rewound layers", ("keep", "rewind", "recalibrate")),
+        Parameter("retrain_epochs", int, "epochs of retraining at most", minimum=1),
+        Parameter("retrain_learning_rate", float, "peak learning rate of retraining", minimum=0),
         Parameter("seed", int, "the first random seed", minimum=0),
         Parameter("seeds", int, "how many seeds, from the first", minimum=1),
         Parameter("device", str, "where to compute; auto: cuda, else cpu", ("auto", "cpu", "cuda")),

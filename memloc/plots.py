@@ -28,6 +28,9 @@ __all__ = [
     "gradient_panels",
     "heat_maps",
     "learned_histogram",
+    "recovery",
+    "recovery_panels",
+    "retraining",
     "rewinding",
     "rewinding_lines",
     "rewinding_panels",
@@ -59,6 +62,12 @@ _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
     "rewind": ("#0072B2", "///"),
     "recalibrate": ("#009E73", "..."),
+}
+_PHASES = {  # moment of a retraining, or its treatment of batch-norm: colour, hatching
+    "after the reset": ("#999999", ""),
+    "keep": ("#D55E00", ""),
+    "follow": ("#0072B2", "///"),
+    "whole network": ("#009E73", "..."),
 }
 
 
@@ -394,20 +403,74 @@ def treatment_bars(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
     Returns:
         The axes.
     """
-    groups, found = list(table.layer_group.unique()), list(table.batch_norm.unique())
-    width = 0.8 / max(1, len(found))
-    for number, treatment in enumerate(found):
-        color, hatch = _TREATMENTS[treatment]
-        rows = table[table.batch_norm == treatment]
-        place = np.arange(len(groups)) + (number - (len(found) - 1) / 2) * width
-        means = rows.groupby("layer_group")[column].mean().loc[groups]
-        axes.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=treatment)
-        where = [place[groups.index(group)] for group in rows.layer_group]
-        axes.plot(where, rows[column], "o", color="black", markersize=2.5)
-    axes.set_xticks(range(len(groups)), groups, rotation=45)
+    _bars(table, column, "batch_norm", _TREATMENTS, axes)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("layer group rewound")
     axes.set_ylabel("accuracy lost (fraction)")
+    return axes
+
+
+def retraining(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw the accuracies while each layer group is trained on clean examples, after it was reset.
+
+    Args:
+        table: Rows of :meth:`memloc.retraining.Retraining.table` for one treatment, with a column ``seed``.
+
+    Returns:
+        The axes, one a layer group, drawn by :func:`accuracy_curves`; what ended early keeps its last values.
+
+    Source:
+        Maini et al. (2023), the figure of layer retraining.
+    """
+    groups, epochs = list(table.layer_group.unique()), range(table.epoch.max() + 1)
+    rows = -(-len(groups) // 3)
+    grid = plt.subplots(rows, 3, sharex=True, sharey=True, figsize=(8.6, 0.8 + 2.3 * rows), squeeze=False)[1]
+    for number, (each, group) in enumerate(zip(grid.flat, groups, strict=False)):
+        runs = table[table.layer_group == group].groupby("seed")
+        whole = [run.set_index("epoch").reindex(epochs).ffill().reset_index() for _, run in runs]
+        accuracy_curves(pd.concat(whole), each)
+        has_one_below = number + 3 < len(groups)
+        each.set(title=group, xlabel="" if has_one_below else "epoch of retraining")
+        each.set_ylabel("" if number % 3 else "accuracy (fraction)")
+        each.tick_params(labelbottom=not has_one_below)
+    for empty in list(grid.flat)[len(groups) :]:
+        empty.set_axis_off()
+    _legend_below(grid[0, 0])
+    return list(grid.flat)[: len(groups)]
+
+
+def recovery(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw which labels the noisy examples get right after the reset of each layer group, and after retraining it.
+
+    Args:
+        table: Rows of :meth:`memloc.retraining.Retraining.table`, the first and the last epoch at least, with a column
+            ``seed``.
+
+    Returns:
+        Two axes, wrong labels and true ones: a bar for the mean over seeds, a dot for each seed.
+    """
+    axes = _panels(["wrong labels", "true labels"])
+    for each, column in zip(axes, ("noisy_accuracy", "restored_accuracy"), strict=True):
+        _bars(_phases(table), column, "phase", _PHASES, each)
+        each.set(xlabel="layer group", ylabel="noisy examples (fraction)", ylim=(0, 1.02))
+    _legend_below(axes[0])
+    return axes
+
+
+def recovery_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw the wrong labels after reset and after retraining of several runs side by side.
+
+    Args:
+        tables: Tables as :func:`recovery` takes them, by the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        _bars(_phases(table), "noisy_accuracy", "phase", _PHASES, each)
+        each.set(xlabel="layer group", ylabel="accuracy on noisy examples (fraction)", ylim=(0, 1.02))
+    _legend_below(axes[0])
     return axes
 
 
@@ -522,6 +585,30 @@ def heat_maps(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
             color = "black" if value > 0.5 else "white"
             each.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     return axes[: max(1, len(tables))]
+
+
+def _phases(table: pd.DataFrame) -> pd.DataFrame:
+    """Take the rows right after the reset and after the last epoch, and say in a column ``phase`` which they are."""
+    one = ["whole", "batch_norm", "layer_group", "seed"]
+    last = table[table.epoch == table.groupby(one).epoch.transform("max")]
+    reset = table[table.epoch == 0].drop_duplicates(["layer_group", "seed"])
+    treatment = last.batch_norm.mask(last.whole, "whole network")
+    return pd.concat([reset.assign(phase="after the reset"), last.assign(phase=treatment)])
+
+
+def _bars(table: pd.DataFrame, column: str, by: str, looks: Mapping[str, tuple[str, str]], axes: Axes) -> None:
+    """Draw a bar for the mean over seeds of each layer group and each value of another column, a dot for each seed."""
+    groups, found = list(table.layer_group.unique()), list(table[by].unique())
+    width = 0.8 / max(1, len(found))
+    for number, value in enumerate(found):
+        color, hatch = looks[value]
+        rows = table[table[by] == value]
+        place = np.arange(len(groups)) + (number - (len(found) - 1) / 2) * width
+        means = rows.groupby("layer_group")[column].mean().reindex(groups)
+        axes.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=value)
+        where = [place[groups.index(group)] for group in rows.layer_group]
+        axes.plot(where, rows[column], "o", color="black", markersize=2.5)
+    axes.set_xticks(range(len(groups)), groups, rotation=45)
 
 
 def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:

@@ -50,6 +50,19 @@ def accounts():
     return pd.DataFrame(rows)
 
 
+@pytest.fixture
+def retrained():
+    rows = [
+        {"layer_group": group, "whole": whole, "batch_norm": batch_norm, "epoch": epoch, "seed": seed,
+         "clean_accuracy": 1.0, "noisy_accuracy": 0.2 * epoch + 0.1 * seed, "restored_accuracy": 0.5,
+         "test_accuracy": 0.8}
+        for group in ("stem", "body", "head", "end")
+        for whole, batch_norm in ((False, "keep"), (False, "follow"), (True, "follow"))
+        for seed in range(2) for epoch in range(4 - seed)  # the second stops early
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def drawn(axes):
     """The bytes of the figure: it can be drawn without a warning."""
     file = io.BytesIO()
@@ -91,6 +104,7 @@ PANELS = [
     plots.treatment_panels,
     plots.rewinding_panels,
     plots.gradient_panels,
+    plots.recovery_panels,
     plots.gradient_cosines,
 ]
 
@@ -272,6 +286,31 @@ def test_kinds_side_by_side_have_a_measure_each_or_one_for_all(kinds):
     (empty,) = plots.by_kind_panels({}, "layer_group", "lost", "fraction")
     assert empty.texts[0].get_text() == "nothing to show yet"
     assert drawn(empty)
+
+
+def test_retraining_has_a_panel_for_every_group_and_what_stopped_early_keeps_its_last_values(retrained):
+    axes = plots.retraining(retrained[retrained.batch_norm == "keep"])
+    assert [each.get_title() for each in axes] == ["stem", "body", "head", "end"]
+    noisy = axes[1].get_lines()[1]
+    assert list(noisy.get_ydata()) == pytest.approx([0.05, 0.25, 0.45, 0.55])
+    assert drawn(axes[0])
+
+
+def test_recovery_shows_the_reset_once_and_the_end_of_every_treatment(retrained):
+    wrong, true = plots.recovery(retrained)
+    assert [bars.get_label() for bars in wrong.containers] == ["after the reset", "keep", "follow", "whole network"]
+    heights = [[bar.get_height() for bar in bars] for bars in wrong.containers]
+    assert heights == [pytest.approx([height] * 4) for height in (0.05, 0.55, 0.55, 0.55)]
+    assert sorted(wrong.get_lines()[0].get_ydata()) == pytest.approx([0.0] * 4 + [0.1] * 4)
+    assert {bar.get_height() for bar in true.containers[1]} == {0.5}
+    assert drawn(wrong)
+
+
+def test_recovery_of_several_runs_has_a_panel_each(retrained):
+    axes = plots.recovery_panels({"mnist": retrained, "cifar10": retrained[~retrained.whole]})
+    assert [each.get_title() for each in axes[:2]] == ["mnist", "cifar10"]
+    assert [len(each.containers) for each in axes[:2]] == [4, 3]
+    assert drawn(axes[0])
 
 
 def test_the_style_is_transparent_and_drawn_as_svg(curves):
