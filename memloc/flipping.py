@@ -121,7 +121,7 @@ def critical_channels(
     labels: Tensor,
     targets: Tensor | None = None,
     *,
-    units: str = "channels",
+    units: str = "all",
     zero: str = "before norm",
     objective: str = "loss",
     reference: int | Tensor = 64,
@@ -129,7 +129,7 @@ def critical_channels(
     copies: int = 5,
     noise: str = "independent",
     noise_scale: float = 0.01,
-    skipped: float = 0.01,
+    skipped: float = 0.05,
     max_units: int = 200,
     generator: torch.Generator | None = None,
     batch_size: int = 512,
@@ -178,7 +178,7 @@ def critical_channels(
     Source:
         Maini et al. (2023), section 6.1, and the reference code in both of its versions: :data:`PARITY`. Ours: a
         convolution's bias goes with its filter; the limit; ending where no score is positive; distinct targets from the
-        whole training set; the defaults (channels alone, and copies of the target alone).
+        whole training set; as defaults, copies of the target alone, and reference examples of little weight left out.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -87,7 +87,7 @@ class _Block:
         ordered = self.at_the_end(output)
         taken = mask[owner].unflatten(0, (-1, *[1] * (ordered.ndim - 2))) * self._contribution(ordered)
         if isinstance(self.module, nn.LayerNorm | nn.RMSNorm | nn.Linear):
-            return given - taken.view_as(given)
+            return given - taken.expand(ordered.shape).reshape(given.shape)
         return given - taken.movedim(-1, 1)
 
     def score(self, scores: Tensor, output: Tensor, inputs: Tensor, gradient: Tensor, owner: Tensor) -> None:
