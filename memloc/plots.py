@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from memloc.intervals import interval
+
 __all__ = [
     "accuracy_bar_panels",
     "accuracy_bars",
@@ -28,6 +30,7 @@ __all__ = [
     "gradient_panels",
     "heat_maps",
     "learned_histogram",
+    "method_shares",
     "recovery",
     "recovery_panels",
     "retraining",
@@ -585,6 +588,39 @@ def heat_maps(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
             color = "black" if value > 0.5 else "white"
             each.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     return axes[: max(1, len(tables))]
+
+
+def method_shares(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw which share of the memorization each method finds in each layer group.
+
+    Args:
+        tables: Columns ``method``, ``layer_group``, ``seed`` and ``share``, of the same methods in the same order, by
+            the title of the column of panels; none gives a panel that says so.
+
+    Returns:
+        The axes, a row a method and a column a table, row by row: a bar for the mean over seeds with its 95 %
+        confidence interval, and a line where every layer group has the same share.
+    """
+    if not tables:
+        return _panels([])
+    methods = list(next(iter(tables.values())).method.unique())
+    size = (1.2 + 4.2 * len(tables), 0.8 + 1.5 * len(methods))
+    grid = plt.subplots(len(methods), len(tables), sharex="col", sharey=True, squeeze=False, figsize=size)[1]
+    for column, (title, table) in zip(grid.T, tables.items(), strict=True):
+        groups = list(table.layer_group.unique())
+        for axes, method in zip(column, methods, strict=True):
+            rows = table[table.method == method].groupby("layer_group").share
+            found = [interval(rows.get_group(group)) for group in groups]
+            errors = np.nan_to_num([each.half_width for each in found])
+            axes.bar(groups, [each.mean for each in found], yerr=errors, capsize=3, color="#0072B2", alpha=0.75)
+            axes.axhline(1 / len(groups), color="black", linestyle=":", linewidth=1)
+            axes.set_title(method if len(tables) == 1 else f"{title}: {method}", fontsize=10)
+        column[-1].tick_params(axis="x", rotation=45)
+        column[-1].set_xlabel("layer group")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share (fraction)")
+        axes.set_ylim(bottom=0)
+    return list(grid.flat)
 
 
 def _phases(table: pd.DataFrame) -> pd.DataFrame:

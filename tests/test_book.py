@@ -340,6 +340,7 @@ VERDICTS = {
     "gradients": "holds",
     "retraining": "holds",
     "dropout": "partly",
+    "where": "partly",
     "natural": "partly",
 }
 
@@ -364,7 +365,7 @@ def test_a_recorded_result_comes_from_its_preset(path: Path) -> None:
     assert result["parameters"] == chapters.check(chapter, preset)
     assert result["dataset"] in ("mnist", "cifar10")
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "recorded with changes that were not committed"
-    assert len(result["recipes"]) == result["n_seeds"]
+    assert len(result["recipes"]) % result["n_seeds"] == 0  # a chapter may have several trainings a seed
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,26 @@ def test_recovery_of_several_runs_has_a_panel_each(retrained):
     assert drawn(axes[0])
 
 
+def test_shares_are_bars_with_an_interval_and_a_line_where_all_are_equal(kinds):
+    table = kinds.rename(columns={"kind": "method", "lost": "share"})
+    axes = plots.method_shares({"digits": table})
+    assert [each.get_title() for each in axes] == ["flipped", "human", "rare"]
+    assert [bar.get_height() for bar in axes[0].patches] == pytest.approx([0.1, 0.2, 0.3])
+    assert list(axes[0].get_lines()[-1].get_ydata()) == pytest.approx([1 / 3] * 2)
+    low, high = axes[0].collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((0.1 - 12.706 * 0.1, 0.1 + 12.706 * 0.1), abs=1e-3)  # Student's t, two seeds
+    assert [label.get_text() for label in axes[2].get_xticklabels()] == ["stem", "body", "head"]
+    assert drawn(axes[0])
+
+
+def test_shares_of_several_runs_stand_side_by_side_and_one_seed_has_no_interval(kinds):
+    table = kinds[kinds.seed == 0].rename(columns={"kind": "method", "lost": "share"})
+    axes = plots.method_shares({"mnist": table, "cifar10": table})
+    assert [each.get_title() for each in axes[:3]] == ["mnist: flipped", "cifar10: flipped", "mnist: human"]
+    assert plots.method_shares({})[0].texts[0].get_text() == "nothing to show yet"
+    assert drawn(axes[0])
+
+
 def test_the_style_is_transparent_and_drawn_as_svg(curves):
     content = drawn(plots.accuracy_curves(curves))
     assert content.startswith(b"<?xml")
