@@ -25,6 +25,7 @@ zero into a constant; or behind the norm and the activation that directly follow
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
     nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish,
@@ -60,49 +61,78 @@ class _Block:
     count: int
     first: int  # position of its first unit among all
 
+    @property
+    def scores_output(self) -> bool:
+        """Whether the scores are computed from the values of the output, rather than of the input or none."""
+        is_scale = self.kind == "scale" and not isinstance(self.module, _BATCH_NORMS)
+        return self.kind == "channel" or is_scale
+
+    @property
+    def _units_come_last(self) -> bool:
+        """Whether the last dimensions of the output are the units', rather than the one behind the rows."""
+        return isinstance(self.module, nn.LayerNorm | nn.RMSNorm | nn.Linear)
+
     def at_the_end(self, tensor: Tensor) -> Tensor:
         """View a tensor with the dimension of the units last."""
         if isinstance(self.module, nn.LayerNorm | nn.RMSNorm):
             return tensor.flatten(tensor.ndim - len(self.module.normalized_shape))
-        return tensor if isinstance(self.module, nn.Linear) else tensor.movedim(1, -1)
+        return tensor if self._units_come_last else tensor.movedim(1, -1)
 
-    def _contribution(self, output: Tensor) -> Tensor:
-        """What each unit adds to the output, broadcastable, units last."""
-        shift = getattr(self.module, "bias", None)
-        shift = torch.zeros((), device=output.device) if shift is None else shift.detach().flatten()
-        if self.kind == "shift":
-            return shift.to(output.dtype)
-        return output if self.kind == "channel" else output - shift.to(output.dtype)
+    def _lay_out(self, by_row: Tensor, like: Tensor) -> Tensor:
+        """Give values for each row and unit, shape ``(B, units)``, the dimensions of an output."""
+        if not self._units_come_last:
+            return by_row.view(*by_row.shape, *[1] * (like.ndim - 2))
+        shape = getattr(self.module, "normalized_shape", (self.count,))
+        return by_row.view(len(by_row), *[1] * (like.ndim - 1 - len(shape)), *shape)
 
-    def remove(self, given: Tensor, output: Tensor, inputs: Tensor, owner: Tensor, removed: Tensor) -> Tensor:
-        """Take the contributions of removed units from ``given``; ``removed`` holds pairs of owner and unit."""
+    def _parameter(self, name: str) -> Tensor:
+        """Return a parameter of the module without gradient; 0 where it has none."""
+        found = getattr(self.module, name, None)
+        return torch.zeros(1, device=next(self.module.parameters()).device) if found is None else found.detach()
+
+    def remove(self, given: Tensor, inputs: Tensor, owner: Tensor, removed: Tensor) -> Tensor:
+        """Take the contributions of removed units, pairs of owner and unit, from an output."""
         owners, units = removed.unbind(1)
         if self.kind == "weight":
-            weight = self.module.weight.detach().flatten()[units]  # type: ignore[operator]
+            weight = self._parameter("weight").flatten()[units]
             out, into = units // inputs.shape[-1], units % inputs.shape[-1]
             its_rows = (owner[:, None] == owners).unflatten(0, (-1, *[1] * (given.ndim - 2)))
             return given.index_add(-1, out, (inputs[..., into] * weight * its_rows).to(given.dtype), alpha=-1)
-        mask = torch.zeros(int(owner.max()) + 1, self.count, dtype=output.dtype, device=output.device)
+        mask = torch.zeros(int(owner.max()) + 1, self.count, dtype=given.dtype, device=given.device)
         mask[owners, units] = 1
-        ordered = self.at_the_end(output)
-        taken = mask[owner].unflatten(0, (-1, *[1] * (ordered.ndim - 2))) * self._contribution(ordered)
-        if isinstance(self.module, nn.LayerNorm | nn.RMSNorm | nn.Linear):
-            return given - taken.expand(ordered.shape).reshape(given.shape)
-        return given - taken.movedim(-1, 1)
+        if self.kind != "shift":
+            given = given * self._lay_out(1 - mask[owner], given)
+        if self.kind != "channel":  # a scale leaves the shift behind
+            shift = self._lay_out(mask[owner] * self._parameter("bias").flatten().to(given.dtype), given)
+            given = given + (shift if self.kind == "scale" else -shift)
+        return given
 
     def score(self, scores: Tensor, output: Tensor, inputs: Tensor, gradient: Tensor, owner: Tensor) -> None:
         """Add contribution × gradient, summed over an owner's rows, to ``scores`` of shape ``(owners, units)``."""
         if self.kind == "weight":
-            weight = self.module.weight.detach().float()  # type: ignore[operator]
+            weight = self._parameter("weight").float()
             sizes = owner.bincount(minlength=len(scores)).tolist()
             for mine, pull, seen in zip(scores, gradient.split(sizes), inputs.split(sizes), strict=True):
                 mine += (pull.float().flatten(0, -2).T @ seen.float().flatten(0, -2) * weight).flatten()
             return
         gradient = self.at_the_end(gradient)
-        products = gradient * self._contribution(self.at_the_end(output))
-        if products.ndim > 2:
-            products = products.sum(tuple(range(1, products.ndim - 1)), dtype=torch.float32)
+        shift = self._parameter("bias").flatten()
+        if self.kind == "shift":
+            products = _row_sums(gradient) * shift
+        elif self.kind == "channel":
+            products = _row_sums(gradient * self.at_the_end(output))
+        elif self.scores_output:
+            products = _row_sums(gradient * self.at_the_end(output)) - _row_sums(gradient) * shift
+        else:  # from the input, because an activation in place may have written into the output
+            mean, variance = self.module.get_buffer("running_mean"), self.module.get_buffer("running_var")
+            scale = self._parameter("weight") / (variance + self.module.eps).sqrt()  # type: ignore[operator]
+            products = (_row_sums(gradient * self.at_the_end(inputs)) - mean * _row_sums(gradient)) * scale
         scores.index_add_(0, owner, products.float())
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    """Sum over all but the first and the last dimension, in single precision."""
+    return tensor.sum(tuple(range(1, tensor.ndim - 1)), dtype=torch.float32) if tensor.ndim > 2 else tensor
 
 
 @dataclass(eq=False)
@@ -127,6 +157,7 @@ class Gates:
         units: One of :data:`UNITS`. With ``"channels"`` the layer that is called last does not count if it gives the
             logits: its outputs are classes.
         zero: One of :data:`ZERO`.
+        batch_size: Rows at a time that :meth:`scores` runs forward.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: Whether to lay the images out as NHWC.
 
@@ -152,6 +183,7 @@ class Gates:
         *,
         units: str = "channels",
         zero: str = "before norm",
+        batch_size: int = 256,
         precision: str = "fp32",
         channels_last: bool = False,
     ):
@@ -161,14 +193,14 @@ class Gates:
             raise ValueError(f"zero must be one of {', '.join(ZERO)}, got {zero!r}")
         if not len(images):
             raise ValueError("images must hold at least one image, got none")
-        self._model, self._precision = model, precision
+        self._model, self._precision, self._batch_size = model, precision, batch_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pass: _Pass | None = None
         self.blocks: list[_Block] = []
         self._at: dict[_Site, list[_Block]] = {}
         self._sites_of: dict[_Block, list[_Site]] = {}
         trace = _Trace(model, images[:1])
-        self._is_overwritten = trace.is_overwritten
+        self._overwritten_inputs, self._overwritten_outputs = trace.overwritten()
         for path, module in model.named_modules():
             if trace.sites(module):
                 self._add(path, module, trace, units, zero)
@@ -261,15 +293,17 @@ class Gates:
         if run.scores is not None and not output.requires_grad:
             output = output.detach().requires_grad_()
         given = output
-        for block in blocks:
+        for block in sorted(blocks, key=lambda block: block.kind == "channel"):  # a whole channel takes all with it
             if block in run.removed:
-                given = block.remove(given, output, inputs[0], run.owner, run.removed[block])
+                given = block.remove(given, inputs[0], run.owner, run.removed[block])
         if run.scores is None:
             return None if given is output else given
-        if given is output and site in self._is_overwritten:
+        # What is written into afterwards must be neither a leaf nor a view, whose hooks would be lost, nor be needed.
+        is_needed = output.is_leaf or output._is_view() or any(block.scores_output for block in blocks)
+        if given is output and site in self._overwritten_outputs and is_needed:
             given = output.clone()
         seen, kept = inputs[0].detach(), output.detach()
-        if site in self._is_overwritten and any(block.kind == "weight" for block in blocks):
+        if site in self._overwritten_inputs and not all(block.scores_output for block in blocks):
             seen = seen.clone()
         scores, owner = run.scores, run.owner
 
@@ -355,9 +389,11 @@ class Gates:
         scores = torch.zeros(len(removed), self.count, device=images.device)
         if not len(images):
             return scores
-        run = _Pass(owner, self._by_block(removed, images.device), scores, Counter())
-        with torch.enable_grad(), self._running(run):
-            logits = self._model(images.contiguous(memory_format=self._memory_format))
+        by_block, parts = self._by_block(removed, images.device), []
+        for rows, mine in zip(images.split(self._batch_size), owner.split(self._batch_size), strict=True):
+            with torch.enable_grad(), self._running(_Pass(mine, by_block, scores, Counter())):
+                parts.append(self._model(rows.contiguous(memory_format=self._memory_format)))
+        logits = torch.cat(parts)
         gradient = pull(logits.detach().float())
         if gradient is not None and gradient.any():
             scale = gradient.abs().max()  # so that nothing underflows in half precision
@@ -397,7 +433,7 @@ class _Trace:
         wanted = (_CONVOLUTIONS, nn.Linear, *_NORMS, *_ACTIVATIONS)
         with ExitStack() as stack:
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                if isinstance(module, _BATCH_NORMS) and module.running_mean is None:
                     raise ValueError("model must have batch-norms with running statistics: without, images interact")
                 if isinstance(module, wanted):
                     stack.callback(module.register_forward_hook(note).remove)
@@ -408,11 +444,12 @@ class _Trace:
             logits = model(images)
         last = next((call for call in reversed(self._calls) if isinstance(call[0][0], _CONVOLUTIONS | nn.Linear)), None)
         self._last = last[0][0] if last and last[2].shape == logits.shape else None
-        self.is_overwritten = {
-            site
-            for site, given, output, *versions in self._calls
-            if [given._version, output._version] != versions
-        }  # fmt: skip
+
+    def overwritten(self) -> tuple[set[_Site], set[_Site]]:
+        """Find the calls into whose input, and into whose output, something has written since."""
+        inputs = {site for site, given, _, version, _ in self._calls if given._version != version}
+        outputs = {site for site, _, output, _, version in self._calls if output._version != version}
+        return inputs, outputs
 
     def sites(self, module: nn.Module) -> list[_Site]:
         """List the calls of a module."""

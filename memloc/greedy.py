@@ -1,7 +1,7 @@
 """The greedy search behind :mod:`memloc.flipping`: what each edited network sees, and one step after the other."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,26 +130,32 @@ class Search:
         self._gates, self._problem = gates, problem
         self._objective, self._noise = objective, noise
         self._skipped, self._max_units = skipped, max_units
-        self._at_once = max(1, batch_size // len(problem.example))
+        self._batch_size = batch_size
         count = len(problem.own)
         self.removed: list[list[int]] = [[] for _ in range(count)]
         self.margins: list[list[float]] = [[] for _ in range(count)]
         self.flipped = [False] * count
+        self._own: dict[int, Tensor] = {}  # logits of the copies of those that go on
 
     def run(self) -> None:
         """Take steps until every target's search has ended."""
         active = list(range(len(self.removed)))
-        shares = self._skipped > 0 and len(self._problem.shared) < len(self._problem.example)
-        if shares:
-            self._record_reference()
-        step = self._sparing_step if shares else self._whole_step
+        rows, own = len(self._problem.example), self._problem.own.shape[1]
+        if self._skipped == 0 or not own:
+            while active:
+                active = self._by_parts(self._whole_step, active, rows)
+            return
+        self._record_reference()
         while active:
-            if shares and self.removed[active[0]]:  # networks that begin to differ at about the same depth go together
-                active.sort(key=lambda t: self._gates.start(self.removed[t], self._calls))
-            left = []
-            for start in range(0, len(active), self._at_once):
-                left += step(active[start : start + self._at_once])
-            active = left
+            active = self._by_parts(self._look, active, own)
+            # Networks that begin to differ at about the same depth go together.
+            active.sort(key=lambda t: self._gates.start(self.removed[t], self._calls))
+            active = self._by_parts(self._sparing_step, active, rows)
+
+    def _by_parts(self, step: Callable[[list[int]], list[int]], active: list[int], rows: int) -> list[int]:
+        """Do something with as many targets at a time as the batch size allows; return those it says are to go on."""
+        size = max(1, self._batch_size // rows)
+        return [t for start in range(0, len(active), size) for t in step(active[start : start + size])]
 
     def _see(self, some: Sequence[int], logits: Tensor) -> list[int]:
         """Note the margins of targets, shape ``(T, K)``, and say which are to go on (by their position)."""
@@ -201,36 +207,32 @@ class Search:
         owner = torch.zeros(size, dtype=torch.int64, device=self._base.device)
         self._base_scores = self._gates.scores(problem.shared, owner, [[]], lambda logits: self._base)
 
+    def _look(self, some: list[int]) -> list[int]:
+        """Run the copies of some targets forward, and return those whose search goes on."""
+        rows = self._problem.own[some].flatten(0, 1)
+        own = self._gates.row_logits(rows, [self.removed[t] for t in some]).unflatten(0, (len(some), -1))
+        go_on = self._see(some, own[:, -1] if self._noise == "accumulated" else own.mean(1))
+        self._own |= {some[position]: own[position] for position in go_on}
+        return [some[position] for position in go_on]
+
     def _sparing_step(self, some: list[int]) -> list[int]:
-        """Look at the targets first, then at the reference batch, and run backward only what matters."""
-        problem = self._problem
-        own = self._own_logits(some)
-        last = own[:, -1] if self._noise == "accumulated" else own.mean(1)
-        go_on = self._see(some, last)
-        some, own = [some[position] for position in go_on], own[go_on]
-        if not some:
-            return []
+        """Run the reference batch forward, and backward only what matters."""
+        problem, size = self._problem, len(self._problem.shared)
         removed, is_first = [self.removed[t] for t in some], not self.removed[some[0]]
         if is_first:
             shared = self._logits.expand(len(some), -1, -1)
         else:
             shared = self._gates.logits(problem.shared, removed, self._calls)
+        own = torch.stack([self._own[t] for t in some])
         gradient, _ = self._gradient(some, torch.cat([shared, own], 1))
         if is_first:
-            gradient[:, : len(problem.shared)] -= self._base
+            gradient[:, :size] -= self._base
         owner, row = self._needed(gradient)
-        size = len(problem.shared)
-        is_own = (row >= size)[:, None, None, None]
         own_row = problem.own[torch.tensor(some, device=row.device)[owner], (row - size).clamp(min=0)]
-        images = torch.where(is_own, own_row, problem.shared[row.clamp(max=size - 1)])
+        shared_row = problem.shared[row.clamp(max=size - 1)]
+        images = torch.where((row >= size).view(-1, *[1] * (own_row.ndim - 1)), own_row, shared_row)
         scores = self._gates.scores(images, owner, removed, lambda logits: gradient[owner, row])
         return self._remove_best(some, scores + self._base_scores if is_first else scores)
-
-    def _own_logits(self, some: list[int]) -> Tensor:
-        """Compute the logits of the copies of some targets in their own networks, shape ``(T, E, K)``."""
-        rows = self._problem.own[some]
-        logits = self._gates.row_logits(rows.flatten(0, 1), [self.removed[t] for t in some])
-        return logits.unflatten(0, (len(some), -1))
 
     def _needed(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Find the rows of each target, shape ``(T, R)``, that carry all but ``skipped`` of the gradient."""

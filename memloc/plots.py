@@ -23,6 +23,8 @@ __all__ = [
     "accuracy_panels",
     "by_kind",
     "by_kind_panels",
+    "flipping",
+    "flipping_panels",
     "gallery",
     "gradient_cosines",
     "gradient_lines",
@@ -41,6 +43,7 @@ __all__ = [
     "treatment_bars",
     "treatment_panels",
     "treatments",
+    "unit_bars",
 ]
 
 _CURVES = {  # column: what the reader sees, colour, line, marker
@@ -588,6 +591,83 @@ def heat_maps(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
             color = "black" if value > 0.5 else "white"
             each.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     return axes[: max(1, len(tables))]
+
+
+def flipping(found: pd.DataFrame, removed: pd.DataFrame) -> Sequence[Axes]:
+    """Draw how many units had to be removed to flip clean and noisy examples, at what price, and where they lay.
+
+    Args:
+        found: One row a target: ``kind`` (``"clean"`` or ``"noisy"``), ``units``, and ``clean_accuracy`` of the edited
+            network.
+        removed: One row a removed unit: ``kind`` and ``layer_group``, which is drawn in the order of its categories.
+
+    Returns:
+        Three axes: units removed, accuracy left on the other clean training examples, layer groups of the units.
+
+    Source:
+        Maini et al. (2023), Figure 5.
+    """
+    axes = plt.subplots(1, 3, figsize=(11, 3.7))[1]
+    counts = found.groupby(["kind", "units"]).size().rename("targets").reset_index()
+    unit_bars(counts, axes[0])
+    bins = np.linspace(0, 1, 21)
+    groups = list(removed.layer_group.cat.categories)
+    for number, kind in enumerate(("clean", "noisy")):
+        _, color, _, _ = _CURVES[f"{kind}_accuracy"]
+        look = {"color": color, "alpha": 0.65, "hatch": _HATCHES[number], "edgecolor": "white", "linewidth": 0.3}
+        left = found[found.kind == kind].clean_accuracy
+        axes[1].hist(left, bins.tolist(), weights=np.full(len(left), 1 / max(1, len(left))), **look)
+        layers = removed[removed.kind == kind].layer_group
+        shares = layers.value_counts(normalize=True).reindex(groups, fill_value=0)
+        axes[2].bar(np.arange(len(groups)) + 0.4 * (number - 0.5), shares, 0.4, **look)
+    axes[1].set(xlabel="accuracy left on the other clean examples", ylabel="share of the targets (fraction)")
+    axes[2].set(xlabel="layer group of the unit", ylabel="share of the units (fraction)")
+    axes[2].set_xticks(range(len(groups)), groups, rotation=45)
+    _legend_below(axes[0])
+    return list(axes)
+
+
+def flipping_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw :func:`unit_bars` of several runs side by side.
+
+    Args:
+        tables: Counts by the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, one a run.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        unit_bars(table, each)
+    _legend_below(axes[0])
+    return axes
+
+
+def unit_bars(counts: pd.DataFrame, axes: Axes, most: int = 20) -> Axes:
+    """Draw which share of the clean and of the noisy targets needed how many units; the median as a line.
+
+    Args:
+        counts: How many ``targets`` of a ``kind`` needed so many ``units``; rows of several seeds add up.
+        axes: Where to draw.
+        most: What needed more is drawn here.
+
+    Returns:
+        The axes.
+    """
+    for number, kind in enumerate(("clean", "noisy")):
+        label, color, line, _ = _CURVES[f"{kind}_accuracy"]
+        rows = counts[counts.kind == kind]
+        shares = rows.targets.groupby(rows.units.clip(upper=most)).sum() / max(1, rows.targets.sum())
+        place = shares.index.to_numpy(float) + 0.4 * (number - 0.5)
+        axes.bar(
+            place, shares, 0.4, color=color, alpha=0.65, hatch=_HATCHES[number], edgecolor="white", linewidth=0.3,
+            label=f"{label}, N = {rows.targets.sum()}",
+        )  # fmt: skip
+        if len(rows):
+            median = float(np.median(np.repeat(rows.units.to_numpy(), rows.targets.to_numpy())))
+            axes.axvline(min(median, most), color=color, linestyle=line, linewidth=1.4)
+    axes.set(xlabel=f"units removed ({most}: or more)", ylabel="share of the targets (fraction)")
+    return axes
 
 
 def method_shares(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:

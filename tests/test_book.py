@@ -339,6 +339,7 @@ VERDICTS = {
     "rewinding": "partly",
     "gradients": "holds",
     "retraining": "holds",
+    "flipping": "holds",
     "dropout": "partly",
     "where": "partly",
     "natural": "partly",

@@ -100,6 +100,7 @@ def test_panels_have_a_title_each_and_one_legend(curves):
 
 
 PANELS = [
+    plots.flipping_panels,
     plots.accuracy_panels,
     plots.treatment_panels,
     plots.rewinding_panels,
@@ -337,3 +338,37 @@ def test_the_style_is_transparent_and_drawn_as_svg(curves):
     content = drawn(plots.accuracy_curves(curves))
     assert content.startswith(b"<?xml")
     assert mpl.rcParams["figure.facecolor"] == mpl.rcParams["axes.facecolor"] == "none"
+
+
+@pytest.fixture
+def flipped():
+    rows = [("clean", 2, 0.9), ("clean", 4, 0.8), ("clean", 30, 0.4), ("noisy", 1, 1.0), ("noisy", 1, 0.9)]
+    found = pd.DataFrame(rows, columns=["kind", "units", "clean_accuracy"])
+    layers = pd.Categorical(["conv1", "conv0", "conv1", "conv1"], categories=["conv0", "conv1", "linear"])
+    return found, pd.DataFrame({"kind": ["clean", "clean", "noisy", "noisy"], "layer_group": layers})
+
+
+def test_flipping_shows_units_accuracy_left_and_layers_of_either_kind(flipped):
+    units, left, layers = plots.flipping(*flipped)
+    assert [bar.get_height() for bar in units.patches] == pytest.approx([1 / 3] * 3 + [1])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in units.patches] == pytest.approx([1.8, 3.8, 19.8, 1.2])
+    assert [line.get_xdata()[0] for line in units.get_lines()] == [4, 1]  # medians
+    assert sum(bar.get_height() for bar in left.patches) == pytest.approx(2)
+    assert [bar.get_height() for bar in layers.patches] == pytest.approx([0.5, 0.5, 0, 0, 1, 0])
+    assert [label.get_text() for label in layers.get_xticklabels()] == ["conv0", "conv1", "linear"]
+    texts = units.figure.legends[0].get_texts()
+    assert [text.get_text() for text in texts] == ["clean, N = 3", "noisy, N = 2"]
+    assert drawn(units)
+
+
+def test_kinds_of_targets_differ_in_colour_and_hatching(flipped):
+    clean, *_, noisy = plots.flipping(*flipped)[0].patches
+    assert clean.get_facecolor() != noisy.get_facecolor()
+    assert clean.get_hatch() != noisy.get_hatch()
+
+
+def test_panels_of_units_add_up_the_seeds():
+    counts = pd.DataFrame({"seed": [0, 1, 1], "kind": "noisy", "units": [2, 2, 3], "targets": [4, 2, 2]})
+    axes = plots.flipping_panels({"mnist": counts, "cifar10": counts})
+    assert [bar.get_height() for bar in axes[0].patches] == pytest.approx([0.75, 0.25])
+    assert drawn(axes[0])
