@@ -362,6 +362,25 @@ def test_a_prediction_that_is_wrong_already_needs_no_unit(trained, tiny):
     assert (table.filter(like="_lost").fillna(0) == 0).all(axis=None)
 
 
+@pytest.mark.parametrize("options", [{}, PARITY])
+def test_a_search_ends_at_its_limit(trained, tiny, options):
+    options = {"reference": torch.arange(12), **options}
+    images, labels, targets = tiny.train.images, tiny.train.labels, torch.arange(12)
+    free, limited = (
+        critical_channels(trained, images, labels, targets, max_units=most, **options) for most in (200, 2)
+    )
+    assert max(len(units) for units in free.units) > 2
+    assert limited.units == tuple(units[:2] for units in free.units)
+    assert limited.flipped == tuple(len(units) <= 2 for units in free.units)
+
+
+def test_a_target_does_not_count_as_its_own_reference(trained, tiny):
+    images, labels, target = tiny.train.images, tiny.train.labels, torch.tensor([4])
+    alone = critical_channels(trained, images, labels, target, reference=target, **EXACT)
+    assert pairs(alone.units[0]) == by_hand(trained, images, labels, [4], 4, "loss")
+    assert alone.flipped == (True,)
+
+
 class NeverFlips(nn.Module):
     """Its logits depend on a channel, which can be removed, but the first class always wins."""
 
