@@ -153,6 +153,8 @@ class GradientAccounting(Observer):
 
     def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation | None = None) -> None:
         """Turn the sums of the epoch into norms and cosines, and begin anew; before training there are none."""
+        if epoch == 0 and evaluation is not None:  # a training begins; a loop of your own may count from 0
+            self.restore({})
         sums = self.gradients()
         for group, names in models.layer_groups(model).items():
             rows = self._rows.setdefault(group, [])
@@ -179,6 +181,7 @@ class GradientAccounting(Observer):
     def restore(self, table: Mapping[str, Tensor]) -> None:
         """Take up earlier rows."""
         self._rows = {group: list(rows) for group, rows in table.items()}
+        self._step, self._noisy, self._total = {}, {}, {}  # of an epoch that broke off and is trained again
 
     def _set_apart(self, batch: Batch) -> Tensor:
         """Say which examples of a batch are set apart. Bool, shape ``(B,)``."""

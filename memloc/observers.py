@@ -49,14 +49,14 @@ class Observer:
         """See the gradients of the mean loss in ``parameter.grad``, before the step is taken."""
 
     def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """See the network and its evaluation after an epoch; epoch 0 is before training."""
+        """See the network and its evaluation after an epoch; epoch 0 is before training, and forgets any other."""
 
     def table(self) -> dict[str, Tensor]:
         """Return all that was seen so far; a run keeps it."""
         raise NotImplementedError
 
     def restore(self, table: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`table` returned earlier."""
+        """Take up what :meth:`table` returned earlier, and forget all else."""
         raise NotImplementedError
 
 
@@ -72,7 +72,9 @@ class Predictions(Observer):
         self._rows: list[Tensor] = []
 
     def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """Add a row."""
+        """Add a row; epoch 0 begins another training."""
+        if epoch == 0:
+            self._rows = []
         self._rows.append(evaluation.predictions.to("cpu", torch.int16))
 
     def table(self) -> dict[str, Tensor]:
@@ -101,7 +103,9 @@ class Checkpoints(Observer):
         self.states: dict[int, dict[str, Tensor]] = {}
 
     def after_epoch(self, epoch: int, model: nn.Module, evaluation: Evaluation) -> None:
-        """Copy the state dict if it is wanted."""
+        """Copy the state dict if it is wanted; epoch 0 begins another training."""
+        if epoch == 0:
+            self.states = {}
         if self._wanted is None or epoch in self._wanted:
             self.states[epoch] = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
 
@@ -111,6 +115,7 @@ class Checkpoints(Observer):
 
     def restore(self, table: Mapping[str, Tensor]) -> None:
         """Take up earlier states."""
+        self.states = {}
         for key, value in table.items():
             epoch, _, name = key.partition(".")
             self.states.setdefault(int(epoch), {})[name] = value

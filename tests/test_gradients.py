@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -412,6 +413,38 @@ def test_a_training_that_was_interrupted_has_the_same_tables(monkeypatch, own_ru
     for name in ("gradients", "control"):
         assert same(whole.table(name), resumed.table(name))
         assert whole.table(name)["conv0"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_an_observer_that_saw_an_interrupted_epoch_forgets_it_when_the_training_goes_on(
+    monkeypatch, own_run_store, step
+):
+    recipe, original = Recipe(**QUICK), training._Loop.step
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "whole"))
+    whole, steps, observers = fit(recipe, observers=accountings(recipe)), itertools.count(), accountings(recipe)
+
+    def stop_in_the_middle(loop, batch, rate):
+        original(loop, batch, rate)
+        if next(steps) == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "interrupted"))
+    monkeypatch.setattr(training._Loop, "step", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, observers=observers)
+    monkeypatch.setattr(training._Loop, "step", original)
+    resumed = fit(recipe, observers=observers)
+    for name in whole.tables:
+        assert same(whole.table(name), resumed.table(name))
+
+
+def test_an_observer_of_two_trainings_gives_each_run_its_own_table(monkeypatch, own_run_store):
+    recipes = [Recipe(**QUICK), Recipe(**QUICK | {"seed": 7})]
+    accounting = GradientAccounting()
+    ours = [fit(recipe, observers=[accounting]).table("gradients") for recipe in recipes]
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "alone"))
+    alone = [fit(recipe, observers=[GradientAccounting()]).table("gradients") for recipe in recipes]
+    assert all(same(a, b) for a, b in zip(ours, alone, strict=True))
 
 
 def test_the_observers_of_a_run_that_was_loaded_are_as_if_they_had_watched_it():

@@ -46,6 +46,15 @@ def test_what_an_observer_left_can_be_taken_up_by_another(watched):
     assert all(same(other_checkpoints.states[epoch], state) for epoch, state in checkpoints.states.items())
 
 
+def test_an_observer_of_another_training_forgets_the_first(tiny):
+    predictions, checkpoints = observers.Predictions(), observers.Checkpoints()
+    for epochs in (2, 1):
+        model = models.build("mlp", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+        train(model, tiny, Settings(epochs=epochs), observers=[predictions, checkpoints])
+    assert len(predictions.table()["predictions"]) == 2
+    assert list(checkpoints.states) == [0, 1]
+
+
 def test_an_observer_without_a_table_of_its_own_says_so():
     with pytest.raises(NotImplementedError):
         observers.Observer().table()
