@@ -50,6 +50,8 @@ class Evaluation:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """Run convolutions and matrix products in a lower precision inside the block; ``"fp32"`` changes nothing."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
@@ -79,7 +81,7 @@ def predict(
         Logits, float32, shape ``(N, K)``.
 
     Raises:
-        ValueError: If there is not an index for each image, or the mode is unknown.
+        ValueError: If there is not an index for each image, or the mode or the precision is unknown.
 
     Example:
         >>> predict(nn.Flatten(), torch.ones(3, 1, 1, 2)).shape

@@ -193,6 +193,7 @@ def critical_channels(
     gates = Gates(
         model, images, units=units, zero=zero, batch_size=batch_size, precision=precision, channels_last=channels_last
     )
+    _check_labels(labels, images, gates.classes)
     copying = (copies, noise, noise_scale, draw)
     make = batch_problems if copied == "batch" else target_problems
     found: list[Search] = []
@@ -233,8 +234,6 @@ def _check(
             raise ValueError(f"{name} must be at least {low}, got {number}")
     if not 0 <= skipped < 1:
         raise ValueError(f"skipped must be at least 0 and below 1, got {skipped}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(images)},), one an image, got {tuple(labels.shape)}")
     for name, each in (("targets", targets), ("reference", reference)):
         if isinstance(each, Tensor):
             _check_indices(name, each, len(images))
@@ -247,6 +246,15 @@ def _check_indices(name: str, indices: Tensor, size: int) -> None:
         raise ValueError(f"{name} must be distinct, got {len(indices.unique())} of {len(indices)}")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
         raise ValueError(f"{name} must be from 0 to {size - 1}, got {int(indices.min())} to {int(indices.max())}")
+
+
+def _check_labels(labels: Tensor, images: Tensor, classes: int) -> None:
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        got = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels must be int64 of shape ({len(images)},), one an image, got {got}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        got = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels must be from 0 to {classes - 1}, which the network has outputs for, got {got}")
 
 
 def _collect(
@@ -267,9 +275,13 @@ def _collect(
 
 
 def _group(model: nn.Module, path: str) -> str:
-    """Find the layer group of a parameter, or of the module that owns it."""
-    groups = layer_groups(model).items()
-    return next(group for group, names in groups if any(f"{name}.".startswith(f"{path}.") for name in names))
+    """Find the layer group of a parameter, or of the module that owns it; shared ones are where they are first."""
+    groups = {name: group for group, names in layer_groups(model).items() for name in names}
+    if path in groups:
+        return groups[path]
+    module = path if path in dict(model.named_modules()) else path.rpartition(".")[0]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return groups[names[next(model.get_submodule(module).parameters())]]
 
 
 def _gates_of(model: nn.Module, units: Sequence[Unit], images: Tensor, zero: str, **numerics: Any) -> Gates:
@@ -285,7 +297,8 @@ def without(
 ) -> Iterator[nn.Module]:
     """Let a network compute without some units inside the block.
 
-    Its weights are not touched; afterwards it computes as before, bit for bit, also after an error.
+    Its weights are not touched; afterwards it computes as before, bit for bit, also after an error. Give one block all
+    units: of two, one within the other, neither knows what the other has taken.
 
     Args:
         model: Any network.
@@ -470,19 +483,20 @@ def smallest_sets(
         raise ValueError(
             f"model must have at most 64 channels to try all sets, has {gates.count}: choose a lower width"
         )
+    _check_labels(labels, images, gates.classes)
     looking, known = images[targets.to(images.device)], labels[targets.to(labels.device)]
     found: list[tuple[int, ...] | None] = [None] * len(targets)
     margins = [math.inf] * len(targets)
     with gates.attached():
-        for size in range(largest + 1):
+        for size in range(min(largest, gates.count) + 1):
             left = [t for t, each in enumerate(found) if each is None]
             if not left:
                 break
             sets = list(itertools.combinations(range(gates.count), size))
-            lowest, which = _lowest_margins(gates, looking[left], known[left], sets, batch_size)
-            for t, margin, number in zip(left, lowest.tolist(), which.tolist(), strict=True):
+            best = _lowest_margins(gates, looking[left], known[left], sets, batch_size)
+            for t, margin, number, is_flipped in zip(left, *(each.tolist() for each in best), strict=True):
                 margins[t] = min(margins[t], margin)
-                if margin < 0:
+                if is_flipped:
                     found[t] = sets[number]
     units = tuple(None if each is None else tuple(gates.unit(at) for at in each) for each in found)
     return SmallestSets(tuple(targets.tolist()), units, tuple(margins), largest)
@@ -490,14 +504,19 @@ def smallest_sets(
 
 def _lowest_margins(
     gates: Gates, images: Tensor, labels: Tensor, sets: Sequence[tuple[int, ...]], batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the lowest margin of each image over sets of removed units, and the number of the set."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the lowest margin of each image over sets of removed units, the number of the set, and whether it flips.
+
+    Sets that flip come first: a margin of 0 flips where the label comes after the class that it ties with.
+    """
     _, calls = gates.record(images)
     at_once = max(1, batch_size // len(images))
-    margins = []
+    margins, flips = [], []
     for start in range(0, len(sets), at_once):
         some = sets[start : start + at_once]
-        logits = gates.logits(images, some, calls).flatten(0, 1)
-        margins.append(margins_of(logits, labels.repeat(len(some))).unflatten(0, (len(some), -1)))
-    lowest = torch.cat(margins).min(0)
-    return lowest.values, lowest.indices
+        logits, known = gates.logits(images, some, calls).flatten(0, 1), labels.repeat(len(some))
+        margins.append(margins_of(logits, known).unflatten(0, (len(some), -1)))
+        flips.append((classes(logits) != known).unflatten(0, (len(some), -1)))
+    margin, flip = torch.cat(margins), torch.cat(flips)
+    which = torch.where(flip | ~flip.any(0), margin, math.inf).argmin(0)
+    return margin.gather(0, which[None])[0], which, flip.any(0)

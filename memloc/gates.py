@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memloc import randomness
 from memloc.evaluation import autocast
-from memloc.models import evaluation_mode
+from memloc.models import check_images, evaluation_mode
 from memloc.replay import Calls
 
 __all__ = ["UNITS", "ZERO", "Gates", "Unit"]
@@ -98,7 +98,7 @@ class _Block:
             out, into = units // inputs.shape[-1], units % inputs.shape[-1]
             its_rows = (owner[:, None] == owners).unflatten(0, (-1, *[1] * (given.ndim - 2)))
             return given.index_add(-1, out, (inputs[..., into] * weight * its_rows).to(given.dtype), alpha=-1)
-        mask = torch.zeros(int(owner.max()) + 1, self.count, dtype=given.dtype, device=given.device)
+        mask = torch.zeros(int(max(owner.max(), owners.max())) + 1, self.count, dtype=given.dtype, device=given.device)
         mask[owners, units] = 1
         if self.kind != "shift":
             given = given * self._lay_out(1 - mask[owner], given)
@@ -193,6 +193,9 @@ class Gates:
             raise ValueError(f"zero must be one of {', '.join(ZERO)}, got {zero!r}")
         if not len(images):
             raise ValueError("images must hold at least one image, got none")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_images(model, images)
         self._model, self._precision, self._batch_size = model, precision, batch_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._pass: _Pass | None = None
@@ -200,6 +203,7 @@ class Gates:
         self._at: dict[_Site, list[_Block]] = {}
         self._sites_of: dict[_Block, list[_Site]] = {}
         trace = _Trace(model, images[:1])
+        self.classes = trace.classes
         self._overwritten_inputs, self._overwritten_outputs = trace.overwritten()
         for path, module in model.named_modules():
             if trace.sites(module):
@@ -261,8 +265,11 @@ class Gates:
         with ExitStack() as stack:
             for module in {module for module, _ in self._at}:
                 stack.callback(module.register_forward_hook(self._on_output).remove)
-            start = self._model.register_forward_pre_hook(lambda module, inputs: self._begin(inputs[0], positions))
-            stack.callback(start.remove)
+
+            def begin(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                self._begin(next(iter([*inputs, *named.values()])), positions)
+
+            stack.callback(self._model.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(setattr, self, "_pass", None)
             yield
 
@@ -441,7 +448,8 @@ class _Trace:
             stack.enter_context(torch.no_grad())
             stack.enter_context(randomness.seeded(0, "trace"))
             stack.enter_context(evaluation_mode(model))
-            logits = model(images)
+            logits = model(images.clone())  # the versions of tensors of inference mode are not counted
+        self.classes = logits.shape[1]
         last = next((call for call in reversed(self._calls) if isinstance(call[0][0], _CONVOLUTIONS | nn.Linear)), None)
         self._last = last[0][0] if last and last[2].shape == logits.shape else None
 

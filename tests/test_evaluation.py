@@ -95,3 +95,8 @@ def test_low_precision_is_close_to_full_precision_and_answers_in_float32(tiny, p
     assert low.dtype == torch.float32
     assert not torch.equal(low, full)
     torch.testing.assert_close(low, full, atol=0.05, rtol=0.05)
+
+
+def test_an_unknown_precision_is_refused_by_name(tiny):
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'int4'"):
+        evaluation.predict(models.mlp(64), tiny.train.images, precision="int4")

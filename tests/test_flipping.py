@@ -319,9 +319,27 @@ def test_the_network_is_as_before_to_the_bit(trained, tiny):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 6])
+def test_an_interruption_leaves_the_network_as_it_was(trained, tiny, monkeypatch, call):
+    """While it is tried, traced, recorded, scored, or searched."""
+    original, calls, before = trained.pool.forward, itertools.count(1), state(trained)
+
+    def interrupted(activations):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(activations)
+
+    monkeypatch.setattr(trained.pool, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        critical_channels(trained, tiny.train.images, tiny.train.labels)
+    assert all(value.equal(before[name]) for name, value in state(trained).items())
+    assert trained.training
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trained.modules())
+    assert [path for path, module in trained.named_modules() if "forward" in vars(module)] == ["pool"]  # ours
+
+
 def test_an_error_inside_the_network_leaves_no_hook_behind(trained, tiny):
-    with pytest.raises(RuntimeError):
-        critical_channels(trained, tiny.train.images.expand(-1, 3, -1, -1), tiny.train.labels)
     gates = Gates(trained, tiny.train.images)
     with pytest.raises(RuntimeError), gates.attached():
         gates.logits(tiny.train.images.expand(-1, 3, -1, -1), [[0]])
@@ -478,6 +496,53 @@ def test_targets_that_share_a_batch_get_a_fresh_one_each_time(trained, tiny, mon
     assert batches[0] != batches[-1]
 
 
+class Tied(nn.Module):
+    """A layer without parameters of its own, because it shares another's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+
+    def forward(self, images):
+        return self.head(F.relu(self.second(F.relu(self.first(images.flatten(1))))))
+
+
+@pytest.mark.parametrize("units", ["channels", "all"])
+def test_units_of_shared_and_of_parametrized_weights_have_a_layer_group(tiny, units):
+    model = Tied().to(tiny.train.images.device)
+    labels = evaluation.predict(model, tiny.train.images).argmax(1)
+    steps = critical_channels(model, tiny.train.images, labels, units=units).steps()
+    groups = dict(zip(steps.path.str.partition(".")[0], steps.layer_group, strict=True))
+    assert groups.keys() > {"second"} if units == "channels" else "head" in groups
+    assert all(group == ("head" if path == "head" else "first") for path, group in groups.items())
+
+
+def test_images_of_inference_mode_will_do(trained):
+    with torch.inference_mode():
+        images = torch.rand(4, 1, 8, 8).to(next(trained.parameters()).device)
+    labels = evaluation.predict(trained, images).argmax(1)
+    with torch.inference_mode():
+        inside = critical_channels(trained, images, labels)
+    assert inside == critical_channels(trained, images.clone(), labels)
+
+
+def test_networks_score_alike_in_batches_of_any_size(trained, tiny):
+    images, owner = tiny.train.images[:6], torch.tensor([0, 0, 0, 1, 1, 1], device=tiny.train.images.device)
+    found = []
+    for batch_size in (2, 256):
+        gates = Gates(trained, images, units="all", batch_size=batch_size)
+        with gates.attached():
+            found.append(gates.scores(images, owner, [[0, 1], [5]], lambda logits: logits.softmax(1)))
+    torch.testing.assert_close(*found)
+
+
+def test_an_edited_network_can_be_called_with_named_images(trained, tiny):
+    with without(trained, [Unit("conv0.0", 0)], tiny.train.images), models.evaluation_mode(trained):
+        assert trained(input=tiny.train.images).equal(trained(tiny.train.images))
+
+
 def test_targets_are_drawn_with_the_generator_alone():
     mask = torch.arange(100) % 3 == 0
     first, again, other = (choose_targets(mask, 5, generator(seed)) for seed in (0, 0, 1))
@@ -555,6 +620,21 @@ def test_the_greedy_search_never_beats_the_minimum(trained, tiny):
     assert minimum.at_least.nunique() > 1
 
 
+@pytest.mark.parametrize("label", [0, 2])
+def test_a_tie_flips_the_label_that_comes_second_for_the_search_and_for_the_minimum(label):
+    """Without its one channel the network gives zeros, of which class 0 is predicted."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+        model[3].weight.copy_(F.one_hot(torch.tensor(label), 3)[:, None])
+    image, labels = torch.ones(1, 1, 1, 1), torch.tensor([label])
+    greedy = critical_channels(model, image, labels, units="channels", **EXACT)
+    minimum = smallest_sets(model, image, labels, torch.arange(1))  # no set is as large as three
+    assert greedy.flipped == (label == 2,)
+    assert minimum.units == (greedy.units if label == 2 else (None,))
+    assert minimum.margins == (0.0,)
+
+
 def test_a_network_of_64_channels_has_43744_sets_of_up_to_three_and_a_larger_one_is_refused(tiny):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 2))
     assert Gates(model, tiny.train.images.cpu()).count == 64
@@ -621,7 +701,19 @@ def test_in_bf16_most_targets_keep_their_number_of_units(trained, tiny):
         ({"targets": torch.tensor([64])}, "targets must be from 0 to 63, got 64 to 64"),
         ({"targets": torch.tensor([0.5])}, "targets must be int64 indices of one dimension, got torch.float32"),
         ({"reference": torch.tensor([1, 1])}, "reference must be distinct, got 1 of 2"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must have shape \(64,\), one an image, got \(3,\)"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            r"labels must be int64 of shape \(64,\), .* got torch.int64 \(3,\)",
+        ),
+        (
+            {"labels": torch.zeros(64)},
+            r"labels must be int64 of shape \(64,\), one an image, got torch.float32 \(64,\)",
+        ),
+        ({"labels": torch.full((64,), 10)}, "labels must be from 0 to 9, .* got 10 to 10"),
+        ({"labels": torch.full((64,), -1)}, "labels must be from 0 to 9, .* got -1 to -1"),
+        ({"images": torch.zeros(64, 1, 8, 8).double()}, r"images of shape \(1, 8, 8\) do not fit SmallCNN"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"precision": "int4"}, "precision must be one of fp32, bf16, fp16, got 'int4'"),
         (
             {"targets": torch.tensor([9]), "reference": torch.tensor([1]), "copied": "batch"},
             r"reference must hold the targets when the batch is copied, lacks \[9\]",
@@ -641,6 +733,8 @@ def test_wrong_arguments_of_the_other_functions_are_refused(trained, tiny):
         edited_accuracies(trained, found, tiny, examples=0)
     with pytest.raises(ValueError, match="largest must be 1, 2 or 3, got 4"):
         smallest_sets(trained, images, labels, torch.arange(1), largest=4)
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 9, .* got 10 to 10"):
+        smallest_sets(trained, images, torch.full((64,), 10), torch.arange(1))
     with pytest.raises(ValueError, match="each must be at least 0, got -1"):
         choose_targets(tiny.train.noise_mask, -1, generator(0))
     with (
