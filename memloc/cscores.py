@@ -202,6 +202,8 @@ def held_out_votes(
     if labels.shape != images.shape[:1] or len(images) < 2:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"images and labels must be of the same N ≥ 2 examples, got shapes {shapes}")
+    if labels.is_floating_point() or labels.amin() < 0:
+        raise ValueError(f"labels must be integers from 0 up, got {labels.dtype} from {labels.amin().item()}")
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"shares must be fractions above 0 and up to 1, got {tuple(shares)}")
     points = images.flatten(1).float()

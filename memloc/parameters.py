@@ -4,9 +4,10 @@ import ast
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Value = bool | int | float | str | None
+_Type = type  # which a field of that name hides
 
 
 class ParameterError(ValueError):
@@ -25,6 +26,8 @@ class Parameter:
         minimum: The smallest value allowed.
         maximum: The largest value allowed.
         optional: Whether ``None`` is allowed; ``meaning`` says what it stands for.
+        each: Of which type each of several values is, which are one ``str`` with commas between them; None for one
+            value. Choices, minimum and maximum are then those of each.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Parameter:
     minimum: float | None = None
     maximum: float | None = None
     optional: bool = False
+    each: _Type | None = None
 
     def parse(self, value: object) -> Value:
         """Turn a word from the command line, or a value from YAML or Python, into a value of this parameter.
@@ -61,7 +65,13 @@ class Parameter:
         typed = _READERS[self.type](value)
         if typed is None:
             raise ParameterError(f"{self.name} must be {_A[self.type]}{' or none' * self.optional}, got {value!r}")
-        self._check_range(typed)
+        if self.each is None:
+            self._check_range(typed)
+        else:
+            one = replace(self, type=self.each, each=None, optional=False)
+            values = [one.parse(word) for word in str(typed).split(",") if word]
+            if len(set(values)) < len(values):
+                raise ParameterError(f"{self.name} must be different values, got {value!r}")
         return typed
 
     def _check_range(self, value: bool | int | float | str) -> None:
@@ -153,10 +163,22 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("p_gen", float, "share of generalization channels", minimum=0, maximum=1),
         Parameter("p_mem", float, "probability of a memorization channel", minimum=0, maximum=1),
         Parameter("dropout_rate", float, "share that standard or fixed dropout switches off", minimum=0, maximum=1),
-        Parameter("baselines", str, "other dropouts to compare with, commas between them; none: none", optional=True),
-        Parameter("grid_p_gen", str, "values of p_gen of a grid, commas between them; none: no grid", optional=True),
-        Parameter("grid_p_mem", str, "values of p_mem of a grid, commas between them; none: no grid", optional=True),
-        Parameter("grid_noise_rates", str, "noise rates to compare, commas between them; none: none", optional=True),
+        Parameter(
+            "baselines",
+            str,
+            "other dropouts to compare with, commas between them; none: none",
+            ("standard", "fixed", "smaller"),
+            optional=True,
+            each=str,
+        ),
+        *(
+            Parameter(name, str, meaning, minimum=0, maximum=1, optional=True, each=float)
+            for name, meaning in (
+                ("grid_p_gen", "values of p_gen of a grid, commas between them; none: no grid"),
+                ("grid_p_mem", "values of p_mem of a grid, commas between them; none: no grid"),
+                ("grid_noise_rates", "noise rates to compare, commas between them; none: none"),
+            )
+        ),
         Parameter("grid_epochs", int, "passes over the training set in a grid", minimum=1),
         Parameter("epochs", int, "passes over the training set", minimum=1),
         Parameter("batch_size", int, "examples per step", minimum=1),

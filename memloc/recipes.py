@@ -114,6 +114,8 @@ class Recipe(Settings):
         check_one_of("noise", self.noise, labelnoise.KINDS)
         check_one_of("model", self.model, models.NAMES)
         check_one_of("dropout", self.dropout, dropout.KINDS)
+        if not isinstance(self.dropout_places, str):
+            raise ValueError(f"dropout_places must be a text such as 'all', got {self.dropout_places!r}")
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)

@@ -198,6 +198,12 @@ def test_examples_that_do_not_fit_are_refused(images, labels):
         cscores.estimate(images, labels)
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(3), torch.tensor([0, -1, 2])], ids=["fractions", "negative"])
+def test_labels_that_are_no_classes_are_refused(labels):
+    with pytest.raises(ValueError, match="labels must be integers from 0 up, got torch"):
+        cscores.estimate(torch.zeros(3, 2), labels)
+
+
 @pytest.mark.parametrize("shares", [[], [0.0], [0.5, 1.1]], ids=str)
 def test_parts_of_no_size_are_refused(shares):
     with pytest.raises(ValueError, match="shares must be fractions above 0 and up to 1"):

@@ -81,6 +81,29 @@ def test_a_wrong_type_or_range_is_refused_in_one_line(name, value, message):
     assert refusal(**{name: value}) == message
 
 
+@pytest.mark.parametrize("value", [None, "", "0.1", "0.1,0.30, 1"])
+def test_several_numbers_are_one_text(value):
+    assert PARAMETERS["grid_p_gen"].parse(value) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grid_p_gen", "0.1,abc", "grid_p_gen must be a finite float, got 'abc'"),
+        ("grid_p_mem", "0.1,none", "grid_p_mem must be a finite float, got 'none'"),
+        ("grid_noise_rates", "2", "grid_noise_rates must be between 0 and 1, got 2.0"),
+        ("grid_p_gen", "0.1,0.10", "grid_p_gen must be different values, got '0.1,0.10'"),
+        ("grid_p_gen", 0.1, "grid_p_gen must be a word or none, got 0.1"),
+        ("baselines", "fixed,foo", "baselines 'foo' is not one of standard, fixed, smaller"),
+        ("baselines", "fxed", "baselines 'fxed' is not one of standard, fixed, smaller; did you mean 'fixed'?"),
+    ],
+)
+def test_one_wrong_value_of_several_is_refused_in_one_line(name, value, message):
+    with pytest.raises(ParameterError) as refused:
+        PARAMETERS[name].parse(value)
+    assert str(refused.value) == message
+
+
 def test_defaults_are_read_in_order_without_running_the_cell():
     cell = (
         '# how long\nepochs: int = 20  # passes\nnoise: str = "flip"  # kind – of noise\n\nsize: int = None  # pixels'

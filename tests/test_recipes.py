@@ -33,6 +33,7 @@ def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
         ({"noise_rate": 1.5}, "noise_rate must be a fraction from 0 to 1, got 1.5"),
         ({"model": "vgg"}, "model must be one of small_cnn, .*, got 'vgg'"),
         ({"dropout": "spatial"}, "dropout must be one of none, .*, got 'spatial'"),
+        ({"dropout_places": None}, "dropout_places must be a text such as 'all', got None"),
         ({"p_gen": 20}, "p_gen must be a fraction from 0 to 1, got 20"),
         ({"width": 0}, "width must be an integer ≥ 1, got 0"),
         ({"examples": True}, "examples must be an integer ≥ 1, got True"),
