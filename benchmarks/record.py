@@ -37,12 +37,13 @@ def main() -> None:
             raise SystemExit(f"NAME must be one of {', '.join(known)}, got {name!r}")
     folder = ROOT / "book" / "results" / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
+    commit = records.commit(ROOT)  # of the code that is timed: a benchmark takes minutes
     for name in names:
         found = {
             "ratios": run(name),
             "machine": f"{records.cpu()}, one thread",
             "versions": records.versions(),
-            "commit": records.commit(ROOT),
+            "commit": commit,
             "date": date.today().isoformat(),
             "command": f"python benchmarks/record.py {name}",
         }

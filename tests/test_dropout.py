@@ -230,6 +230,14 @@ def test_one_network_has_a_layer_for_every_shape_and_no_two_share_masks():
     assert len(set(drawn)) == 4
 
 
+@pytest.mark.parametrize("parity", [False, True])
+def test_masks_of_a_table_are_drawn_once(monkeypatch, parity):
+    layer, activations = ExampleTiedDropout(8, count=4, parity=parity), torch.ones(2, 8)
+    monkeypatch.delattr(ExampleTiedDropout, "_draw")
+    with examples(layer, torch.tensor([1, 3])):
+        assert layer(activations).equal(layer(activations))
+
+
 def test_nothing_draws_from_or_seeds_the_global_generator(global_generator_untouched):
     for kind in ("tied", "tied-parity", "fixed"):
         layer = insert(nn.Sequential(Slot(8)), kind, count=20)
