@@ -24,8 +24,7 @@ def run(name: str) -> dict[str, float]:
             print(last, end="", flush=True)
     if process.returncode:
         raise SystemExit(process.returncode)
-    ratios: dict[str, float] = json.loads(last)
-    return ratios
+    return {name: value for name, value in json.loads(last).items() if isinstance(value, int | float)}
 
 
 def main() -> None:
