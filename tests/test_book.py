@@ -401,6 +401,13 @@ def nbval(notebook: Path, folder: Path, option: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_chapter_on_dropout_runs_where_no_label_is_right() -> None:
+    preset = chapters.read_preset(ROOT, "dropout", "smallest") | {"noise_rate": 1.0}
+    executed = chapters.execute(CHAPTERS["dropout"], preset, root=ROOT)
+    assert staging.recorded_metrics(executed)["verdict"] == "not tested"
+
+
+@pytest.mark.slow
 @pytest.mark.xdist_group("nbval")
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_executing_a_chapter_again_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
