@@ -4,7 +4,7 @@
 # make chapter C=rewinding             execute one chapter as written
 # make paper   C=rewinding F=cifar10   the same with a preset, and keep what it measured in book/results
 # make figure   draw the README's figure from book/results
-# make bench    the side-by-side timings, kept in book/results/benchmarks
+# make bench    the side-by-side timings, kept in benchmarks/results
 # make setup    the environment .venv, which every other target makes when it is not there
 # make clean    remove what was built; the environment and the trainings stay
 

@@ -1,7 +1,7 @@
 """Run benchmarks and keep the ratios that they print, for the status page and the README.
 
 ``python benchmarks/record.py NAME …`` runs ``benchmarks/NAME.py`` (all of them without a name) and writes the JSON of
-its last line to ``book/results/benchmarks/NAME.json``, with the machine, the versions, the commit and the day.
+its last line to ``benchmarks/results/NAME.json``, with the machine, the versions, the commit and the day.
 """
 
 import json
@@ -34,7 +34,7 @@ def main() -> None:
     for name in names:
         if name not in known:
             raise SystemExit(f"NAME must be one of {', '.join(known)}, got {name!r}")
-    folder = ROOT / "book" / "results" / "benchmarks"
+    folder = HERE / "results"
     folder.mkdir(parents=True, exist_ok=True)
     commit = records.commit(ROOT)  # of the code that is timed: a benchmark takes minutes
     for name in names:

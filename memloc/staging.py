@@ -184,7 +184,7 @@ def benchmarks(root: Path, executed: Mapping[str, Path]) -> str:
         A Markdown table, one row for each ratio, or a sentence where nothing has been kept.
     """
     rows = []
-    for path in sorted((root / "book" / "results" / "benchmarks").glob("*.json")):
+    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
         found = json.loads(path.read_text())
         where = [found["machine"], found["date"], found["commit"][:7]]
         rows += [[path.stem, f"`{name}`", f"{value:g}", *where] for name, value in found["ratios"].items()]

@@ -67,7 +67,7 @@ def test_every_marker_of_the_pages_is_filled_in() -> None:
 
 def test_timings_stand_with_the_machine_and_the_commit_they_come_from(small_book: SmallBook) -> None:
     assert staging.benchmarks(small_book.root, {}) == "None was kept yet."
-    folder = small_book.root / "book" / "results" / "benchmarks"
+    folder = small_book.root / "benchmarks" / "results"
     folder.mkdir(parents=True)
     kept = {
         "ratios": {"step_over_plain": 1.646},
