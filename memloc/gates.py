@@ -125,7 +125,7 @@ class _Block:
             products = _row_sums(gradient * self.at_the_end(output)) - _row_sums(gradient) * shift
         else:  # from the input, because an activation in place may have written into the output
             mean, variance = self.module.get_buffer("running_mean"), self.module.get_buffer("running_var")
-            scale = self._parameter("weight") / (variance + self.module.eps).sqrt()  # type: ignore[operator]
+            scale = self._parameter("weight") / (variance + self.module.eps).sqrt()  # type: ignore[operator] # eps is a float
             products = (_row_sums(gradient * self.at_the_end(inputs)) - mean * _row_sums(gradient)) * scale
         scores.index_add_(0, owner, products.float())
 

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -39,3 +40,20 @@ def test_every_file_and_make_target_that_the_readme_names_is_there():
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert (ROOT / link).exists(), link
         assert set(re.findall(r"(?:`|^)make (\w+)", text, re.MULTILINE)) <= targets
+
+
+def test_the_ratios_in_the_readme_are_those_that_were_kept():
+    kept = {}
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        kept |= {f"{path.stem}.{name}": value for name, value in json.loads(path.read_text())["ratios"].items()}
+    table = README.partition("## How fast")[2].partition("## Installing")[0]
+    quoted = [float(number) for number in re.findall(r"(?<!-)\b\d+(?:\.\d+)?", table.partition("| --- | --- |")[2])]
+    measured = [
+        kept[name]
+        for name in (
+            "gradients.reference_over_plain", "gradients.step_over_plain", "dropout.reference_over_floor_sum",
+            "dropout.mask_over_floor_sum", "dropout.step_over_plain", "flipping.parity_speedup",
+            "flipping.default_speedup",
+        )
+    ]  # fmt: skip
+    assert quoted == pytest.approx(measured, rel=0.04)
