@@ -11,11 +11,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import pandas as pd
@@ -24,6 +25,9 @@ import safetensors.torch
 from torch import Tensor
 
 __all__ = ["Run", "RunInfo", "address", "addresses", "delete", "find", "listing", "locked", "root"]
+
+
+Read = TypeVar("Read")
 
 
 def root() -> Path:
@@ -72,7 +76,7 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an epoch, from 0 (the initial weights), with loss, accuracies (fractions) and seconds."""
-        rows = _read_json(self.folder / "history.json", "rows")["rows"]
+        rows = _patiently(lambda: _read_json(self.folder / "history.json", "rows"))["rows"]
         return pd.DataFrame(rows).astype(float).astype({"epoch": int})  # JSON has null for NaN
 
     @property
@@ -100,7 +104,7 @@ class Run:
         """
         if epoch not in self.epochs:
             raise KeyError(f"epoch {epoch} of run {self.address} was not kept, epochs {self.epochs} were")
-        return _read_tensors(self.folder, _checkpoint_name(epoch), self._hashes)
+        return _patiently(lambda: _read_tensors(self.folder, _checkpoint_name(epoch), self._hashes))
 
     def table(self, name: str) -> dict[str, Tensor]:
         """Read what an observer of the training left.
@@ -117,7 +121,7 @@ class Run:
         """
         if f"{name}.safetensors" not in self._hashes:
             raise KeyError(f"run {self.address} has no table {name!r}: pass the observer to fit()")
-        return _read_tensors(self.folder, f"{name}.safetensors", self._hashes)
+        return _patiently(lambda: _read_tensors(self.folder, f"{name}.safetensors", self._hashes))
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def delete(address: str) -> int:
         KeyError: If there is no such run.
         BlockingIOError: If a process is training it now.
     """
-    folders = [root() / address, root() / f"{address}.partial"]
+    folders = [root() / f"{address}{suffix}" for suffix in ("", ".partial", ".old")]
     if not address.isalnum() or not any(folder.is_dir() for folder in folders):
         raise KeyError(f"no run {address!r} in {root()}: memloc runs lists them")
     try:
@@ -262,6 +266,7 @@ class Writer:
     def __init__(self, address: str, recipe: Any):
         self._final = root() / address
         self._folder = root() / f"{address}.partial"
+        self._old = root() / f"{address}.old"
         self._recipe = recipe
         self._files: dict[str, str] = {}
         self.rows: list[dict[str, Any]] = []
@@ -290,6 +295,7 @@ class Writer:
                 self._files, self.rows = progress["files"], progress["rows"]
                 return _read_tensors(self._folder, f"resume_{reached:03d}.safetensors", self._files)
         _remove(self._folder)
+        _remove(self._old)
         self._folder.mkdir(parents=True)
         _write(self._folder / "recipe.json", _json(asdict(self._recipe)))
         return None
@@ -338,8 +344,10 @@ class Writer:
         kept = {name: digest for name, digest in self._files.items() if not name.startswith("resume_")}
         provenance = provenance | {"seconds": sum(row["seconds"] for row in self.rows)}
         _write(self._folder / "done", _json({"files": kept, "provenance": provenance}))
-        _remove(self._final)
+        if self._final.is_dir():  # set aside first: a process that reads it is without it for a moment only
+            self._final.rename(self._old)
         self._folder.rename(self._final)
+        _remove(self._old)
         for path in [*self._final.glob("resume_*"), self._final / "progress.json"]:
             path.unlink(missing_ok=True)
         return Run(self._final, self._recipe, provenance, kept)
@@ -390,6 +398,15 @@ def _remove(folder: Path) -> None:
 def _damaged(path: Path, reason: str) -> OSError:
     run = path.parent.name.removesuffix(".partial")
     return OSError(f"{path} {reason}: run `memloc runs delete {run}`, then train again")
+
+
+def _patiently(read: Callable[[], Read]) -> Read:
+    """Read a file of a finished run, which may be about to be replaced: it was trained again, with more observers."""
+    for _ in range(10):
+        with suppress(OSError):
+            return read()
+        time.sleep(0.05)
+    return read()
 
 
 def _read_json(path: Path, *keys: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,6 +183,41 @@ def test_a_newer_run_takes_the_place_of_an_older_one_at_the_same_address():
     write(wanted=(0,))
     assert write(wanted=(1, 2)).epochs == [1, 2]
     assert runs.find("abc", Recipe()).epochs == [1, 2]
+
+
+def test_a_run_that_is_just_being_replaced_is_read_when_it_is_there_again():
+    run = write()
+    aside = run.folder.rename(run.folder.with_suffix(".old"))  # the moment between the two renames of another process
+    with ThreadPoolExecutor() as pool:
+        reads = [pool.submit(run.checkpoint, 2), pool.submit(run.table, "seen"), pool.submit(lambda: run.history)]
+        assert len(wait(reads, timeout=0.1).not_done) == 3
+        aside.rename(run.folder)
+    assert torch.equal(reads[0].result()["weight"], tensors(2)["weight"])
+    assert reads[1].result().keys() == {"indices"}
+    assert list(reads[2].result().epoch) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_while_a_run_is_replaced_loses_nothing(monkeypatch, own_run_store, renames):
+    write()
+    writer, rename, done = write(finish=False), Path.rename, []
+
+    def killed(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(rename(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(shutil, "rmtree", lambda folder: killed(folder, folder))
+        writer.finish({}, {})
+    if renames == 1:
+        writer = runs.Writer("abc", Recipe())
+        writer.resume({"seen"}, {0, 2})
+        writer.finish({}, {})
+    assert torch.equal(runs.find("abc", Recipe()).checkpoint(2)["weight"], tensors(2)["weight"])
+    runs.delete("abc")
+    assert [path.name for path in own_run_store.iterdir()] == [".locks"]
 
 
 def test_the_list_tells_whole_runs_from_unfinished_ones():
