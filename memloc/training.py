@@ -54,6 +54,10 @@ class _Loop:
         examples: Tensor | None = None,
         frozen_buffers: bool = False,
     ) -> None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a training needs gradients, which are off here: leave torch.no_grad() or inference_mode()"
+            )
         self.device = data.train.images.device
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload] # torch's stub lacks it
@@ -232,6 +236,7 @@ def train(
     Raises:
         ValueError: If the network cannot take the images or the last batch, a frozen layer group is unknown, or no
             parameter or no example is left to train.
+        RuntimeError: If gradients are switched off where it is called.
 
     Source:
         Maini et al. (2023), reference code, sections 1.4 and 2a of its description.

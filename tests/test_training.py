@@ -352,6 +352,13 @@ def test_an_unknown_or_complete_set_of_frozen_groups_is_refused(tiny):
         train(model, tiny, Settings(epochs=1), frozen=list(models.layer_groups(model)))
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_training_where_gradients_are_off_is_refused(tiny, off):
+    model = network(tiny)
+    with off(), pytest.raises(RuntimeError, match="leave torch.no_grad"):
+        train(model, tiny, Settings(epochs=1))
+
+
 def test_a_network_with_too_few_outputs_is_refused(tiny):
     with pytest.raises(ValueError, match="must have an output for each of 10 classes, has 5"):
         train(models.mlp(64, num_classes=5), tiny, Settings(epochs=1))
