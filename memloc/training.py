@@ -56,7 +56,7 @@ class _Loop:
     ) -> None:
         if not torch.is_grad_enabled():
             raise RuntimeError(
-                "a training needs gradients, which are off here: leave torch.no_grad() or inference_mode()"
+                "gradients are off here and a training needs them: leave torch.no_grad() or inference_mode()"
             )
         self.device = data.train.images.device
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format

@@ -355,7 +355,7 @@ def test_an_unknown_or_complete_set_of_frozen_groups_is_refused(tiny):
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_a_training_where_gradients_are_off_is_refused(tiny, off):
     model = network(tiny)
-    with off(), pytest.raises(RuntimeError, match="leave torch.no_grad"):
+    with off(), pytest.raises(RuntimeError, match="gradients are off here and a training needs them"):
         train(model, tiny, Settings(epochs=1))
 
 
