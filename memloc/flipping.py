@@ -198,7 +198,7 @@ def critical_channels(
     make = batch_problems if copied == "batch" else target_problems
     found: list[Search] = []
     with gates.attached():
-        for problem in make(images, labels, targets, reference, *copying):
+        for problem in make(images, labels, targets, reference, *copying) if len(targets) else ():
             search = Search(gates, problem, objective, noise, skipped, max_units, batch_size)
             search.run()
             found.append(search)

@@ -380,7 +380,7 @@ class Gates:
         images: Tensor,
         owner: Tensor,
         removed: Sequence[Sequence[int]],
-        pull: Callable[[Tensor], Tensor | None],
+        pull: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Compute the first-order effect that removing each unit has on an objective: how much it would fall.
 
@@ -388,7 +388,7 @@ class Gates:
             images: Rows of all networks. Shape ``(B, C, H, W)``.
             owner: Which network each row belongs to, in ascending order. Int64, shape ``(B,)``.
             removed: Positions of the units that each of T networks lacks already.
-            pull: Gives the gradient of the objective with respect to the logits, shape ``(B, K)``; None to stop there.
+            pull: Gives the gradient of the objective with respect to the logits, shape ``(B, K)``.
 
         Returns:
             The sum over an owner's rows of contribution × gradient. Float32, shape ``(T, units)``; 0 if removed.
@@ -402,7 +402,7 @@ class Gates:
                 parts.append(self._model(rows.contiguous(memory_format=self._memory_format)))
         logits = torch.cat(parts)
         gradient = pull(logits.detach().float())
-        if gradient is not None and gradient.any():
+        if gradient.any():
             scale = gradient.abs().max()  # so that nothing underflows in half precision
             logits.backward((gradient / scale).to(logits.dtype))
             scores *= scale

@@ -96,8 +96,6 @@ def target_problems(
     if isinstance(reference, int):
         reference = torch.randperm(len(images), generator=draw)[:reference]
     to, size, count = images.device, len(reference), len(targets)
-    if not count:
-        return
     weights = torch.full((count, size + 1), 1 / size)
     weights[:, :-1][targets[:, None] == reference.cpu()] = 0
     weights[:, -1] = -1
@@ -132,6 +130,9 @@ class Search:
         self._skipped, self._max_units = skipped, max_units
         self._batch_size = batch_size
         count = len(problem.own)
+        self._shares_all = problem.own.shape[1] == 0
+        its_rows = (problem.example == problem.place[:, None]).nonzero()[:, 1]
+        self._copies = problem.shared[its_rows].unflatten(0, (count, -1)) if self._shares_all else problem.own
         self.removed: list[list[int]] = [[] for _ in range(count)]
         self.margins: list[list[float]] = [[] for _ in range(count)]
         self.flipped = [False] * count
@@ -139,18 +140,19 @@ class Search:
 
     def run(self) -> None:
         """Take steps until every target's search has ended."""
+        rows, is_sparing = len(self._problem.example), self._skipped > 0 and not self._shares_all
+        if is_sparing:
+            self._record_reference()
         active = list(range(len(self.removed)))
-        rows, own = len(self._problem.example), self._problem.own.shape[1]
-        if self._skipped == 0 or not own:
-            while active:
-                active = self._by_parts(self._whole_step, active, rows)
-            return
-        self._record_reference()
         while active:
-            active = self._by_parts(self._look, active, own)
-            # Networks that begin to differ at about the same depth go together.
-            active.sort(key=lambda t: self._gates.start(self.removed[t], self._calls))
-            active = self._by_parts(self._sparing_step, active, rows)
+            active = self._by_parts(self._look, active, self._copies.shape[1])
+            if self._shares_all and active and not self.removed[active[0]]:
+                active = self._shared_step(active)
+            elif is_sparing:  # networks that begin to differ at about the same depth go together
+                active.sort(key=lambda t: self._gates.start(self.removed[t], self._calls))
+                active = self._by_parts(self._sparing_step, active, rows)
+            else:
+                active = self._by_parts(self._whole_step, active, rows)
 
     def _by_parts(self, step: Callable[[list[int]], list[int]], active: list[int], rows: int) -> list[int]:
         """Do something with as many targets at a time as the batch size allows; return those it says are to go on."""
@@ -179,24 +181,34 @@ class Search:
                 left.append(t)
         return left
 
+    def _shared_step(self, some: list[int]) -> list[int]:
+        """Take the first step of targets that share all rows: their gradients differ at their own copies only."""
+        shared = self._problem.shared
+        differences = []
+
+        def pull(logits: Tensor) -> Tensor:
+            gradient = self._gradient(some, logits.expand(len(some), -1, -1))
+            differences.append(gradient - gradient[0])
+            return gradient[0]
+
+        whole = torch.zeros(len(shared), dtype=torch.int64, device=shared.device)
+        scores = self._gates.scores(shared, whole, [[]], pull)
+        owner, row = differences[0].any(2).nonzero(as_tuple=True)
+        pulls = differences[0][owner, row]
+        scores = scores + self._gates.scores(shared[row], owner, [[] for _ in some], lambda logits: pulls)
+        return self._remove_best(some, scores)
+
     def _whole_step(self, some: list[int]) -> list[int]:
-        """Run all rows of some targets forward and, for those that have not flipped, backward."""
-        problem, go_on = self._problem, []
-        removed = [self.removed[t] for t in some]
-
-        def pull(logits: Tensor) -> Tensor | None:
-            logits = logits.unflatten(0, (len(some), -1))
-            gradient, seen = self._gradient(some, logits)
-            go_on.extend(self._see(some, seen))
-            stopped = [position for position in range(len(some)) if position not in go_on]
-            gradient[stopped] = 0
-            return gradient.flatten(0, 1) if go_on else None
-
-        shared = problem.shared.expand(len(some), *problem.shared.shape)
-        rows = torch.cat([shared, problem.own[some]], 1)
+        """Run all rows of some targets forward and backward."""
+        problem = self._problem
+        rows = torch.cat([problem.shared.expand(len(some), *problem.shared.shape), problem.own[some]], 1)
         owner = torch.arange(len(some), device=rows.device).repeat_interleave(rows.shape[1])
-        scores = self._gates.scores(rows.flatten(0, 1), owner, removed, pull)
-        return self._remove_best([some[position] for position in go_on], scores[go_on])
+
+        def pull(logits: Tensor) -> Tensor:
+            return self._gradient(some, logits.unflatten(0, (len(some), -1))).flatten(0, 1)
+
+        scores = self._gates.scores(rows.flatten(0, 1), owner, [self.removed[t] for t in some], pull)
+        return self._remove_best(some, scores)
 
     def _record_reference(self) -> None:
         """Run the reference batch through the whole network, and score the units with its part of J."""
@@ -209,7 +221,7 @@ class Search:
 
     def _look(self, some: list[int]) -> list[int]:
         """Run the copies of some targets forward, and return those whose search goes on."""
-        rows = self._problem.own[some].flatten(0, 1)
+        rows = self._copies[some].flatten(0, 1)
         own = self._gates.row_logits(rows, [self.removed[t] for t in some]).unflatten(0, (len(some), -1))
         go_on = self._see(some, own[:, -1] if self._noise == "accumulated" else own.mean(1))
         self._own |= {some[position]: own[position] for position in go_on}
@@ -224,7 +236,7 @@ class Search:
         else:
             shared = self._gates.logits(problem.shared, removed, self._calls)
         own = torch.stack([self._own[t] for t in some])
-        gradient, _ = self._gradient(some, torch.cat([shared, own], 1))
+        gradient = self._gradient(some, torch.cat([shared, own], 1))
         if is_first:
             gradient[:, :size] -= self._base
         owner, row = self._needed(gradient)
@@ -245,20 +257,17 @@ class Search:
     def _one_hot(self, labels: Tensor) -> Tensor:
         return F.one_hot(labels, self._logits.shape[-1]).float()
 
-    def _gradient(self, some: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of J with respect to the logits of all rows, and the targets' logits to judge by."""
-        problem, to = self._problem, logits.device
+    def _gradient(self, some: Sequence[int], logits: Tensor) -> Tensor:
+        """Compute the gradient of J with respect to the logits of all rows of some targets."""
+        problem = self._problem
         labels, weights, place = problem.labels[some], problem.weights[some], problem.place[some]
-        of_target = torch.arange(len(some), device=to)
         copies = problem.example.bincount().to(logits)
         if self._noise == "independent":
             totals = logits.new_zeros(*labels.shape, logits.shape[2])
             seen = totals.index_add(1, problem.example, logits) / copies[:, None]
-            last, example = seen[of_target, place], torch.arange(len(copies), device=to)
+            example = torch.arange(len(copies), device=logits.device)
         else:
             seen, example = logits, problem.example
-            row = torch.where(example == place[:, None], torch.arange(len(example), device=to), -1).amax(1)
-            last = logits[of_target, row]
         labels = labels[:, example]
         pull = seen.softmax(2) - F.one_hot(labels, seen.shape[2]).to(seen)
         if self._objective == "margin":
@@ -267,4 +276,4 @@ class Search:
             is_target = (example == place[:, None])[..., None]
             pull = torch.where(is_target, F.one_hot(runner_up, seen.shape[2]).to(seen) - label, pull)
         pull = pull * (weights / copies)[:, example, None]
-        return (pull[:, problem.example] if self._noise == "independent" else pull), last
+        return pull[:, problem.example] if self._noise == "independent" else pull

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from memloc import datasets, labelnoise
+from memloc import datasets, labelnoise, models
 from memloc.datasets import Data
+from memloc.recipes import Settings
+from memloc.training import train
 
 torch.set_num_threads(1)
 
@@ -50,6 +53,14 @@ def global_generator_untouched() -> Iterator[None]:
 def tiny(device: torch.device) -> Data:
     """64 digits of 8×8 pixels, a quarter of them with wrong labels, and 500 to test."""
     return labelnoise.apply(datasets.load("digits", examples=64), "flip", 0.25, seed=0).to(device)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Data) -> nn.Module:
+    """A network of 36 channels that has memorized the wrong labels."""
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    train(model, tiny, Settings(epochs=25, batch_size=16, learning_rate=0.1))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -32,14 +32,6 @@ reference_search, reference_units = BENCHMARK["reference_search"], BENCHMARK["re
 EXACT = {"copies": 1, "noise_scale": 0.0}
 
 
-@pytest.fixture(scope="module")
-def trained(tiny):
-    """A network of 36 channels that has memorized the wrong labels."""
-    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
-    train(model, tiny, Settings(epochs=25, batch_size=16, learning_rate=0.1))
-    return model
-
-
 class WithBiases(nn.Module):
     """Convolutions with a bias and no norm, one called twice; activations and sums write in place."""
 
@@ -196,49 +188,6 @@ def test_leaving_out_examples_of_little_weight_leaves_most_units_as_they_are(tra
     assert abs(exact.table().units.median() - brief.table().units.median()) <= 1
 
 
-def test_rows_that_carry_the_left_out_share_do_not_run_backward(trained, tiny, monkeypatch):
-    rows, score = [], Gates.scores
-
-    def count(self, images, *rest):
-        rows.append(len(images))
-        return score(self, images, *rest)
-
-    monkeypatch.setattr(Gates, "scores", count)
-    critical_channels(trained, tiny.train.images, tiny.train.labels, torch.tensor([4]), reference=32, copies=2)
-    first, *later = rows
-    assert first == 32  # the reference batch, once
-    assert later[0] <= 3  # the copies, and the target itself if it is in the batch
-    assert later
-    assert max(later) < 34
-
-
-def test_what_lies_before_the_first_removed_unit_is_not_computed_again(trained, tiny):
-    gates, calls = Gates(trained, tiny.train.images), []
-    at = [gates.position(Unit("conv2.0", 1)), gates.position(Unit("conv3.0", 2))]
-    for module in (trained.conv1[0], trained.conv2[0], trained.conv3[0]):
-        module.forward = lambda images, module=module: (calls.append(module), type(module).forward(module, images))[1]
-    try:
-        with gates.attached():
-            _, recorded = gates.record(tiny.train.images)
-            calls.clear()
-            behind = gates.logits(tiny.train.images, [[at[1]], [at[0]]])
-            whole = len(calls)
-    finally:
-        for module in (trained.conv1[0], trained.conv2[0], trained.conv3[0]):
-            del module.forward
-    with gates.attached():
-        _, recorded = gates.record(tiny.train.images)
-        handles = [m.register_forward_pre_hook(lambda m, i: calls.append(m)) for m in trained.modules()]
-        calls.clear()
-        again = gates.logits(tiny.train.images, [[at[1]], [at[0]]], recorded)
-        for handle in handles:
-            handle.remove()
-    torch.testing.assert_close(again, behind)
-    assert whole == 3
-    assert trained.conv1[0] not in calls  # nor is the block around it entered
-    assert trained.conv3[0] in calls
-
-
 @pytest.mark.parametrize("zero", ZERO)
 def test_a_channel_is_switched_off_where_asked(trained, tiny, zero):
     images = tiny.train.images
@@ -258,23 +207,6 @@ def test_a_channel_is_switched_off_where_asked(trained, tiny, zero):
     trained.train()
 
 
-@pytest.mark.parametrize("zero", ZERO)
-def test_the_score_of_a_channel_is_the_gradient_of_its_gate(trained, tiny, zero):
-    images, labels = tiny.train.images[:9], tiny.train.labels[:9]
-    gates = Gates(trained, images, zero=zero)
-    owner = torch.zeros(9, dtype=torch.int64, device=images.device)
-    with gates.attached():
-        scores = gates.scores(images, owner, [[]], lambda logits: logits.softmax(1) - F.one_hot(labels, 10))
-    network, by_gates = copy.deepcopy(trained).eval(), []
-    for block in (network.conv0, network.conv1, network.conv2, network.conv3):
-        gate = torch.ones(block[0].out_channels, 1, 1, device=images.device, requires_grad=True)
-        module = block[0] if zero == "before norm" else block[2]
-        module.register_forward_hook(lambda module, inputs, output, gate=gate: output * gate)
-        by_gates.append(gate)
-    F.cross_entropy(network(images), labels, reduction="sum").backward()
-    torch.testing.assert_close(scores[0], torch.cat([gate.grad.flatten() for gate in by_gates]), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_edits_by_hooks_compute_what_zeroed_weights_do(tiny, name):
     model, _ = fitted(name, tiny)
@@ -287,18 +219,6 @@ def test_edits_by_hooks_compute_what_zeroed_weights_do(tiny, name):
             units.append(Unit(path, 1))
     with models.evaluation_mode(model), without(model, units, images):
         torch.testing.assert_close(model(images), edited(images), rtol=1e-4, atol=1e-5)
-
-
-def test_a_hidden_linear_layer_has_channels_and_the_classifier_has_none(tiny):
-    gates = Gates(models.mlp(64, width=8), tiny.train.images.cpu())
-    assert {gates.unit(at).path for at in range(gates.count)} == {"linear0", "linear1"}
-    assert gates.count == 16
-
-
-def test_resnet9_has_as_many_units_as_the_paper():
-    images = torch.zeros(1, 3, 32, 32)
-    assert Gates(models.resnet9(), images).count == 1344
-    assert Gates(models.resnet9(), images, units="all").count == 5312
 
 
 @pytest.mark.usefixtures("global_generator_untouched")
@@ -337,14 +257,6 @@ def test_an_interruption_leaves_the_network_as_it_was(trained, tiny, monkeypatch
     assert all(parameter.requires_grad for parameter in trained.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trained.modules())
     assert [path for path, module in trained.named_modules() if "forward" in vars(module)] == ["pool"]  # ours
-
-
-def test_an_error_inside_the_network_leaves_no_hook_behind(trained, tiny):
-    gates = Gates(trained, tiny.train.images)
-    with pytest.raises(RuntimeError), gates.attached():
-        gates.logits(tiny.train.images.expand(-1, 3, -1, -1), [[0]])
-    assert not any(module._forward_hooks for module in trained.modules())
-    assert all(parameter.requires_grad for parameter in trained.parameters())
 
 
 def test_the_same_seed_gives_the_same_units_whoever_else_is_a_target(trained, tiny):
@@ -480,22 +392,6 @@ def test_every_target_of_a_large_request_is_another(trained, tiny):
     assert found.targets == tuple(range(64))
 
 
-def test_targets_that_share_a_batch_get_a_fresh_one_each_time(trained, tiny, monkeypatch):
-    seen = []
-    original = Gates.scores
-    monkeypatch.setattr(
-        Gates, "scores", lambda self, images, *rest: (seen.append(images), original(self, images, *rest))[1]
-    )
-    images, labels = tiny.train.images, tiny.train.labels
-    critical_channels(
-        trained, images, labels, torch.arange(4), reference=3, max_units=0, **{**PARITY, **EXACT}
-    )  # three targets, then one with two others
-    batches = [{int((images == row).flatten(1).all(1).nonzero()[0, 0]) for row in each} for each in seen]
-    assert batches[0] == {0, 1, 2}
-    assert 3 in batches[-1]
-    assert batches[0] != batches[-1]
-
-
 class Tied(nn.Module):
     """A layer without parameters of its own, because it shares another's weight."""
 
@@ -526,16 +422,6 @@ def test_images_of_inference_mode_will_do(trained):
     with torch.inference_mode():
         inside = critical_channels(trained, images, labels)
     assert inside == critical_channels(trained, images.clone(), labels)
-
-
-def test_networks_score_alike_in_batches_of_any_size(trained, tiny):
-    images, owner = tiny.train.images[:6], torch.tensor([0, 0, 0, 1, 1, 1], device=tiny.train.images.device)
-    found = []
-    for batch_size in (2, 256):
-        gates = Gates(trained, images, units="all", batch_size=batch_size)
-        with gates.attached():
-            found.append(gates.scores(images, owner, [[0, 1], [5]], lambda logits: logits.softmax(1)))
-    torch.testing.assert_close(*found)
 
 
 def test_an_edited_network_can_be_called_with_named_images(trained, tiny):
