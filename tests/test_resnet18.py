@@ -85,8 +85,16 @@ def test_the_layout_does_not_change_the_logits_and_bf16_hardly():
     torch.testing.assert_close(low, logits, atol=0.05, rtol=0.05)
 
 
-def test_its_places_for_dropout_fit_what_comes_out_of_the_second_and_third_stage():
-    model = dropout.insert(models.resnet18(width=4), "tied", count=2)
-    with dropout.examples(model, torch.tensor([1, 0])):
-        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert list(dropout.slots(models.resnet18(width=4))) == ["after2", "after3"]
+def test_its_places_for_dropout_are_behind_the_second_and_the_third_stage():
+    model = models.resnet18(width=4).eval()
+    assert dropout.slots(model) == {"after2": (8,), "after3": (16,)}
+    images, behind = torch.randn(2, 3, 16, 16), {}
+    for name in ("layer2", "after2", "layer3", "after3"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: behind.update({name: output})
+        )
+    model(images)
+    assert behind["after2"] is behind["layer2"]
+    assert behind["after3"] is behind["layer3"]
+    with dropout.examples(dropout.insert(model, "tied", count=2), torch.tensor([1, 0])):
+        assert model(images).shape == (2, 10)
