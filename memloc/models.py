@@ -11,7 +11,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from memloc import dropout, randomness
 from memloc.dropout import Slot
+from memloc.resnet18 import ResNet18
 from memloc.resnet50 import ResNet50
+from memloc.vgg import vgg16
 from memloc.vit import SmallViT
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "layer_groups",
     "mlp",
     "resnet9",
+    "resnet18",
     "resnet50",
     "small_cnn",
+    "vgg16",
     "vit_small",
 ]
 
@@ -104,6 +108,11 @@ class _SmallCNN(_GroupedByBlock, nn.Sequential):
 def resnet9(in_channels: int = 3, num_classes: int = 10, width: int = 64) -> ResNet9:
     """Build the paper's ResNet-9 with weights from torch's global generator; see :class:`ResNet9`."""
     return ResNet9(in_channels, num_classes, width)
+
+
+def resnet18(in_channels: int = 3, num_classes: int = 10, width: int = 64) -> ResNet18:
+    """Build a ResNet-18 with weights from torch's global generator; see :class:`memloc.resnet18.ResNet18`."""
+    return ResNet18(in_channels, num_classes, width)
 
 
 def resnet50(in_channels: int = 3, num_classes: int = 10, width: int = 64) -> ResNet50:
@@ -187,8 +196,10 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "mlp": mlp,
     "resnet9": resnet9,
+    "resnet18": resnet18,
     "resnet50": resnet50,
     "vit_small": vit_small,
+    "vgg16": vgg16,
 }
 NAMES = tuple(_BUILDERS)
 """The networks that :func:`build` knows."""
@@ -219,7 +230,7 @@ def build(
     if name not in _BUILDERS:
         raise ValueError(f"model must be one of {', '.join(NAMES)}, got {name!r}")
     arguments = {"in_features": in_channels * size**2} if name == "mlp" else {"in_channels": in_channels}
-    if name == "vit_small":
+    if name in ("vit_small", "vgg16"):
         arguments["size"] = size
     if width is not None:
         arguments["width"] = width

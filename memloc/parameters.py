@@ -156,7 +156,12 @@ PARAMETERS: dict[str, Parameter] = {
             ),
         ),
         Parameter("noise_rate", float, "share of the labels that are made wrong", minimum=0, maximum=1),
-        Parameter("model", str, "the network", ("small_cnn", "mlp", "resnet9", "resnet50", "vit_small")),
+        Parameter(
+            "model",
+            str,
+            "the network",
+            ("small_cnn", "mlp", "resnet9", "resnet18", "resnet50", "vit_small", "vgg16"),
+        ),
         Parameter("width", int, "scale of the network; none: its own", minimum=1, optional=True),
         Parameter("dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed")),
         Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere"),
