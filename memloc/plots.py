@@ -30,6 +30,7 @@ __all__ = [
     "gradient_lines",
     "gradient_norms",
     "gradient_panels",
+    "gradient_parts",
     "heat_maps",
     "learned_histogram",
     "method_shares",
@@ -64,6 +65,11 @@ _KINDS = (  # of examples, in the order in which a table has them: colour, line,
     ("#CC79A7", "-.", "^"),
     ("#555555", ":", "D"),
 )
+_PARTS = {  # of a gradient, column: what the reader sees
+    "dependent_norm": "label-dependent",
+    "independent_norm": "label-independent",
+    "total_norm": "sum",
+}
 _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
     "rewind": ("#0072B2", "///"),
@@ -268,6 +274,37 @@ def gradient_cosines(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
     if tables:
         axes[0].figure.colorbar(mesh, ax=axes, label="cosine")
     return axes
+
+
+def gradient_parts(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw the norms of the label-dependent and the label-independent part of gradients, and of their sum, over epochs.
+
+    Args:
+        table: Rows of :meth:`memloc.early_gradients.GradientParts.table`, with columns ``kind`` (of examples), ``epoch``
+            and ``seed``.
+
+    Returns:
+        The axes row by row, one row a part and one column a layer group, drawn by :func:`by_kind` with a logarithmic
+        scale of norms and one of epochs that begins with epoch 0.
+
+    Source:
+        Stephenson et al. (2021), Figure A.1.
+    """
+    groups = list(table.layer_group.unique())
+    size = (1.2 + 1.6 * len(groups), 6.2)
+    grid = plt.subplots(len(_PARTS), len(groups), sharex=True, sharey="col", squeeze=False, figsize=size)[1]
+    for row, (column, label) in zip(grid, _PARTS.items(), strict=True):
+        for axes, group in zip(row, groups, strict=True):
+            by_kind(table[table.layer_group == group], "epoch", column, axes)
+            axes.set(xlabel="", yscale="log")
+            axes.set_xscale("symlog", linthresh=1)
+        row[0].set_ylabel(f"norm, {label}")
+    for top, bottom, group in zip(grid[0], grid[-1], groups, strict=True):
+        top.set_title(group)
+        bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_formatter("{x:g}")
+    _legend_below(grid[0, 0])
+    return list(grid.flat)
 
 
 def gallery(images: Tensor, titles: Sequence[str], columns: int = 6) -> Sequence[Axes]:
@@ -504,7 +541,13 @@ def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Ax
     return axes
 
 
-def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence[str], ylabel: str) -> Sequence[Axes]:
+def by_kind_panels(
+    panels: Mapping[str, pd.DataFrame],
+    x: str,
+    y: str | Sequence[str],
+    ylabel: str,
+    scales: tuple[str, str] = ("linear", "linear"),
+) -> Sequence[Axes]:
     """Draw :func:`by_kind` side by side.
 
     Args:
@@ -512,6 +555,7 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
         x: The column along the horizontal axis.
         y: The column of the measure, or one for each panel.
         ylabel: What the vertical axes show, with its unit.
+        scales: Of the horizontal and of the vertical axes, e.g. ``"log"``.
 
     Returns:
         The axes, one a panel.
@@ -520,7 +564,7 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
     columns = [y] * len(panels) if isinstance(y, str) else y
     for each, table, column in zip(axes, panels.values(), columns, strict=False):
         by_kind(table, x, column, each)
-        each.set_ylabel(ylabel)
+        each.set(ylabel=ylabel, xscale=scales[0], yscale=scales[1])
     _legend_below(axes[0])
     return axes
 
