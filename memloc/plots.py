@@ -240,10 +240,7 @@ def gradient_lines(table: pd.DataFrame, axes: Axes, names: Sequence[str] = ("cle
         found = found.where(found["mean"] > 0)  # a part without examples has no place on a logarithmic scale
         axes.plot(groups, found["mean"], line, color=color, marker=marker, label=label)
         axes.fill_between(groups, found["min"], found["max"], color=color, alpha=0.2, linewidth=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _log_scale(axes)
     return axes
 
 
@@ -298,7 +295,7 @@ def gradient_parts(table: pd.DataFrame) -> Sequence[Axes]:
             by_kind(table[table.layer_group == group], "epoch", column, axes)
             axes.set(xlabel="", yscale="log")
             axes.set_xscale("symlog", linthresh=1)
-        row[0].set_ylabel(f"norm, {label}")
+        row[0].set_ylabel(f"norm,\n{label}")
     for top, bottom, group in zip(grid[0], grid[-1], groups, strict=True):
         top.set_title(group)
         bottom.set_xlabel("epoch")
@@ -555,7 +552,7 @@ def by_kind_panels(
         x: The column along the horizontal axis.
         y: The column of the measure, or one for each panel.
         ylabel: What the vertical axes show, with its unit.
-        scales: Of the horizontal and of the vertical axes, e.g. ``"log"``.
+        scales: Of the horizontal and of the vertical axes, ``"linear"`` or ``"log"``.
 
     Returns:
         The axes, one a panel.
@@ -564,7 +561,11 @@ def by_kind_panels(
     columns = [y] * len(panels) if isinstance(y, str) else y
     for each, table, column in zip(axes, panels.values(), columns, strict=False):
         by_kind(table, x, column, each)
-        each.set(ylabel=ylabel, xscale=scales[0], yscale=scales[1])
+        each.set_ylabel(ylabel)
+        if scales[0] != "linear":  # setting it would undo an axis of names
+            each.set_xscale(scales[0])
+        if scales[1] == "log":
+            _log_scale(each)
     _legend_below(axes[0])
     return axes
 
@@ -784,6 +785,14 @@ def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
     if not titles:
         axes[0].text(0.5, 0.5, "nothing to show yet", ha="center", va="center", transform=axes[0].transAxes)
     return axes
+
+
+def _log_scale(axes: Axes) -> None:
+    """Give axes a logarithmic scale upwards, with plain numbers beside it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend_below(axes: Axes, title: str | None = None) -> None:

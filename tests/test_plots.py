@@ -179,8 +179,8 @@ def test_parts_of_gradients_have_a_row_each_and_a_column_for_every_layer_group_o
     axes = plots.gradient_parts(pd.DataFrame(rows))
     assert [each.get_title() for each in axes] == ["stem", "head", "", "", "", ""]
     assert [each.get_ylabel() for each in axes[::2]] == [
-        "norm, label-dependent", "norm, label-independent", "norm, sum"
-    ]  # fmt: skip
+        f"norm,\n{part}" for part in ("label-dependent", "label-independent", "sum")
+    ]
     assert [line.get_label() for line in axes[1].get_lines()] == ["noisy", "clean"]
     assert list(axes[1].get_lines()[0].get_ydata()) == pytest.approx([5.5, 55, 5.5e5])
     assert [each.get_lines()[0].get_ydata()[0] for each in axes[::2]] == pytest.approx([5.5, 2, 3])
@@ -304,8 +304,11 @@ def test_kinds_side_by_side_have_a_measure_each_or_one_for_all(kinds):
     same = plots.by_kind_panels({"a": kinds, "b": kinds}, "layer_group", "lost", "fraction")
     assert list(same[0].get_lines()[0].get_ydata()) == list(same[1].get_lines()[0].get_ydata())
     assert (same[0].get_xscale(), same[0].get_yscale()) == ("linear", "linear")
-    (log,) = plots.by_kind_panels({"a": kinds}, "seed", "kept", "fraction", scales=("symlog", "log"))
-    assert (log.get_xscale(), log.get_yscale()) == ("symlog", "log")
+    (log,) = plots.by_kind_panels({"a": kinds.assign(seed=kinds.seed + 1)}, "seed", "kept", "fraction", ("log", "log"))
+    assert (log.get_xscale(), log.get_yscale()) == ("log", "log")
+    (named,) = plots.by_kind_panels({"a": kinds}, "layer_group", "kept", "fraction", ("linear", "log"))
+    assert drawn(named)
+    assert [label.get_text() for label in named.get_xticklabels()] == ["stem", "body", "head"]
     (empty,) = plots.by_kind_panels({}, "layer_group", "lost", "fraction")
     assert empty.texts[0].get_text() == "nothing to show yet"
     assert drawn(empty)
