@@ -277,8 +277,8 @@ def gradient_parts(table: pd.DataFrame) -> Sequence[Axes]:
     """Draw the norms of the label-dependent and the label-independent part of gradients, and of their sum, over epochs.
 
     Args:
-        table: Rows of :meth:`memloc.early_gradients.GradientParts.table`, with columns ``kind`` (of examples), ``epoch``
-            and ``seed``.
+        table: Rows of :meth:`memloc.early_gradients.GradientParts.table`, with columns ``kind`` (of examples),
+            ``epoch`` and ``seed``.
 
     Returns:
         The axes row by row, one row a part and one column a layer group, drawn by :func:`by_kind` with a logarithmic
