@@ -198,6 +198,9 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("batch_norm", str, "batch-norm buffers of rewound layers", ("keep", "rewind", "recalibrate")),
         Parameter("retrain_epochs", int, "epochs of retraining at most", minimum=1),
         Parameter("retrain_learning_rate", float, "peak learning rate of retraining", minimum=0),
+        Parameter(
+            "per_kind", int, "examples of each kind to compute gradients of; none: all", minimum=1, optional=True
+        ),
         Parameter("targets", int, "examples to flip, of either kind, clean and noisy", minimum=1),
         Parameter(
             "evaluated",

@@ -30,6 +30,7 @@ __all__ = [
     "gradient_lines",
     "gradient_norms",
     "gradient_panels",
+    "gradient_parts",
     "heat_maps",
     "learned_histogram",
     "method_shares",
@@ -64,6 +65,11 @@ _KINDS = (  # of examples, in the order in which a table has them: colour, line,
     ("#CC79A7", "-.", "^"),
     ("#555555", ":", "D"),
 )
+_PARTS = {  # of a gradient, column: what the reader sees
+    "dependent_norm": "label-dependent",
+    "independent_norm": "label-independent",
+    "total_norm": "sum",
+}
 _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
     "rewind": ("#0072B2", "///"),
@@ -234,10 +240,7 @@ def gradient_lines(table: pd.DataFrame, axes: Axes, names: Sequence[str] = ("cle
         found = found.where(found["mean"] > 0)  # a part without examples has no place on a logarithmic scale
         axes.plot(groups, found["mean"], line, color=color, marker=marker, label=label)
         axes.fill_between(groups, found["min"], found["max"], color=color, alpha=0.2, linewidth=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _log_scale(axes)
     return axes
 
 
@@ -268,6 +271,37 @@ def gradient_cosines(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
     if tables:
         axes[0].figure.colorbar(mesh, ax=axes, label="cosine")
     return axes
+
+
+def gradient_parts(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw the norms of the label-dependent and the label-independent part of gradients, and of their sum, over epochs.
+
+    Args:
+        table: Rows of :meth:`memloc.early_gradients.GradientParts.table`, with columns ``kind`` (of examples),
+            ``epoch`` and ``seed``.
+
+    Returns:
+        The axes row by row, one row a part and one column a layer group, drawn by :func:`by_kind` with a logarithmic
+        scale of norms and one of epochs that begins with epoch 0.
+
+    Source:
+        Stephenson et al. (2021), Figure A.1.
+    """
+    groups = list(table.layer_group.unique())
+    size = (1.2 + 1.6 * len(groups), 6.2)
+    grid = plt.subplots(len(_PARTS), len(groups), sharex=True, sharey="col", squeeze=False, figsize=size)[1]
+    for row, (column, label) in zip(grid, _PARTS.items(), strict=True):
+        for axes, group in zip(row, groups, strict=True):
+            by_kind(table[table.layer_group == group], "epoch", column, axes)
+            axes.set(xlabel="", yscale="log")
+            axes.set_xscale("symlog", linthresh=1)
+        row[0].set_ylabel(f"norm,\n{label}")
+    for top, bottom, group in zip(grid[0], grid[-1], groups, strict=True):
+        top.set_title(group)
+        bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_formatter("{x:g}")
+    _legend_below(grid[0, 0])
+    return list(grid.flat)
 
 
 def gallery(images: Tensor, titles: Sequence[str], columns: int = 6) -> Sequence[Axes]:
@@ -504,7 +538,13 @@ def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Ax
     return axes
 
 
-def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence[str], ylabel: str) -> Sequence[Axes]:
+def by_kind_panels(
+    panels: Mapping[str, pd.DataFrame],
+    x: str,
+    y: str | Sequence[str],
+    ylabel: str,
+    scales: tuple[str, str] = ("linear", "linear"),
+) -> Sequence[Axes]:
     """Draw :func:`by_kind` side by side.
 
     Args:
@@ -512,6 +552,7 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
         x: The column along the horizontal axis.
         y: The column of the measure, or one for each panel.
         ylabel: What the vertical axes show, with its unit.
+        scales: Of the horizontal and of the vertical axes, ``"linear"`` or ``"log"``.
 
     Returns:
         The axes, one a panel.
@@ -521,6 +562,10 @@ def by_kind_panels(panels: Mapping[str, pd.DataFrame], x: str, y: str | Sequence
     for each, table, column in zip(axes, panels.values(), columns, strict=False):
         by_kind(table, x, column, each)
         each.set_ylabel(ylabel)
+        if scales[0] != "linear":  # setting it would undo an axis of names
+            each.set_xscale(scales[0])
+        if scales[1] == "log":
+            _log_scale(each)
     _legend_below(axes[0])
     return axes
 
@@ -740,6 +785,14 @@ def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
     if not titles:
         axes[0].text(0.5, 0.5, "nothing to show yet", ha="center", va="center", transform=axes[0].transAxes)
     return axes
+
+
+def _log_scale(axes: Axes) -> None:
+    """Give axes a logarithmic scale upwards, with plain numbers beside it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend_below(axes: Axes, title: str | None = None) -> None:

@@ -338,6 +338,7 @@ VERDICTS = {
     "training": "holds",
     "rewinding": "partly",
     "gradients": "holds",
+    "early_gradients": "partly",
     "retraining": "holds",
     "flipping": "holds",
     "dropout": "partly",

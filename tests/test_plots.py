@@ -170,6 +170,25 @@ def test_cosines_are_means_over_seeds_by_epoch_and_layer_group_on_one_scale(acco
     assert drawn(axes[0])
 
 
+def test_parts_of_gradients_have_a_row_each_and_a_column_for_every_layer_group_on_logarithmic_scales():
+    rows = [
+        {"kind": kind, "epoch": epoch, "seed": seed, "layer_group": group, "dependent_norm": 10.0 ** (epoch + seed),
+         "independent_norm": 2.0, "total_norm": 3.0}
+        for kind in ("noisy", "clean") for seed in range(2) for epoch in (0, 1, 5) for group in ("stem", "head")
+    ]  # fmt: skip
+    axes = plots.gradient_parts(pd.DataFrame(rows))
+    assert [each.get_title() for each in axes] == ["stem", "head", "", "", "", ""]
+    assert [each.get_ylabel() for each in axes[::2]] == [
+        f"norm,\n{part}" for part in ("label-dependent", "label-independent", "sum")
+    ]
+    assert [line.get_label() for line in axes[1].get_lines()] == ["noisy", "clean"]
+    assert list(axes[1].get_lines()[0].get_ydata()) == pytest.approx([5.5, 55, 5.5e5])
+    assert [each.get_lines()[0].get_ydata()[0] for each in axes[::2]] == pytest.approx([5.5, 2, 3])
+    assert {(each.get_xscale(), each.get_yscale()) for each in axes} == {("symlog", "log")}
+    assert len(axes[0].figure.legends) == 1
+    assert drawn(axes[0])
+
+
 def test_the_gallery_shows_every_image_once_in_its_colours():
     images = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
     axes = plots.gallery(images, ["black", "grey", "white"], columns=2)
@@ -284,6 +303,12 @@ def test_kinds_side_by_side_have_a_measure_each_or_one_for_all(kinds):
     assert len(axes[0].figure.legends) == 1
     same = plots.by_kind_panels({"a": kinds, "b": kinds}, "layer_group", "lost", "fraction")
     assert list(same[0].get_lines()[0].get_ydata()) == list(same[1].get_lines()[0].get_ydata())
+    assert (same[0].get_xscale(), same[0].get_yscale()) == ("linear", "linear")
+    (log,) = plots.by_kind_panels({"a": kinds.assign(seed=kinds.seed + 1)}, "seed", "kept", "fraction", ("log", "log"))
+    assert (log.get_xscale(), log.get_yscale()) == ("log", "log")
+    (named,) = plots.by_kind_panels({"a": kinds}, "layer_group", "kept", "fraction", ("linear", "log"))
+    assert drawn(named)
+    assert [label.get_text() for label in named.get_xticklabels()] == ["stem", "body", "head"]
     (empty,) = plots.by_kind_panels({}, "layer_group", "lost", "fraction")
     assert empty.texts[0].get_text() == "nothing to show yet"
     assert drawn(empty)
