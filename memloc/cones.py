@@ -124,7 +124,7 @@ def _descend(gram: Tensor, steps: Tensor, cone: Tensor, goal: Tensor, state: Ten
         a[row, column] = state
     step = steps[cones].float()[:, None, None]
     matrices, b = gram[cones].float() * -step, b * step
-    ahead, momentum = a.clone(), a.new_ones(shape[:2] + (1,))
+    ahead, momentum = a.clone(), a.new_ones((*shape[:2], 1))
     for _ in range(iterations):
         new = torch.baddbmm(b, ahead, matrices).add_(ahead).clamp_(min=0)
         change = new - a

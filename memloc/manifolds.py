@@ -60,17 +60,9 @@ class ManifoldGeometry:
 
     def table(self) -> pd.DataFrame:
         """Return one row a manifold, by class."""
-        names = (
-            "labels",
-            "capacity",
-            "radius",
-            "dimension",
-            "capacity_error",
-            "radius_error",
-            "dimension_error",
-            "rank",
-        )
-        return pd.DataFrame({name.removesuffix("s"): getattr(self, name).cpu().numpy() for name in names})
+        names = ("capacity", "radius", "dimension", "capacity_error", "radius_error", "dimension_error", "rank")
+        columns = {"label": self.labels} | {name: getattr(self, name) for name in names}
+        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
     def mean(self) -> dict[str, float]:
         """Return the means over manifolds, harmonic for the capacity, with Monte Carlo standard errors."""
@@ -246,7 +238,8 @@ def frame_geometry(offsets: Tensor, draws: Tensor, *, kappa: float = 0.0, refere
         size, lengths = rank, ((vectors.mT @ transverse).square() * inverse).sum(1)
     cosines = (weights * transverse).sum(1) / (lengths * squares).sqrt().clamp(min=_TINY)
 
-    capacity, cosine, radius = 1 / taken.mean(1), cosines.mean(1), spread.mean(1).sqrt()
+    capacity, cosine = 1 / taken.mean(1), cosines.mean(1)
+    radius = torch.where(rank > 0, spread.mean(1).sqrt(), 0)
     return ManifoldGeometry(
         labels=torch.arange(len(offsets), device=offsets.device),
         capacity=capacity,
