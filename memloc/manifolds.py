@@ -236,7 +236,8 @@ def frame_geometry(offsets: Tensor, draws: Tensor, *, kappa: float = 0.0, refere
     else:
         inverse = torch.where(is_spanned, 1 / values.clamp(min=_TINY), 0)[..., None]
         size, lengths = rank, ((vectors.mT @ transverse).square() * inverse).sum(1)
-    cosines = (weights * transverse).sum(1) / (lengths * squares).sqrt().clamp(min=_TINY)
+    lengths = (lengths * squares).sqrt()
+    cosines = torch.where(lengths > 0, (weights * transverse).sum(1) / lengths, 0)
 
     capacity, cosine = 1 / taken.mean(1), cosines.mean(1)
     radius = torch.where(rank > 0, spread.mean(1).sqrt(), 0)
