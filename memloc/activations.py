@@ -136,11 +136,10 @@ def _activations(reader: "_Reader", sizes: dict[str, int], projected: int | None
 def _project(activations: Tensor, out: Tensor, draw: torch.Generator) -> None:
     """Add to zeros the product with a Gaussian matrix with rows of unit norm, ``(N, D) → (N, projected)``."""
     squares = out.new_zeros(out.shape[1])
-    with torch.autocast(out.device.type, enabled=False):
-        for columns in activations.split(COLUMNS, dim=1):
-            block = torch.randn(columns.shape[1], out.shape[1], generator=draw).to(out.device)
-            out.addmm_(columns, block)
-            squares += block.square_().sum(0)
+    for columns in activations.split(COLUMNS, dim=1):
+        block = torch.randn(columns.shape[1], out.shape[1], generator=draw).to(out.device)
+        out.addmm_(columns, block)  # in place: autocast leaves it in float32
+        squares += block.square_().sum(0)
     out /= squares.sqrt_()
 
 

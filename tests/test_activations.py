@@ -345,4 +345,4 @@ def test_the_layers_of_vgg16_stay_within_the_memory_that_is_stated():
         assert count == 17
         return peak
 
-    assert used(2000) - used(32) < 50e6 + 2000 * 3 * 32 * 32 * 4 + 20e6
+    assert used(2000) - used(32) < 50e6 + 2000 * 3 * 32 * 32 * 4 + 60e6
