@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["CommonDirections", "common_directions", "mean_cosine"]
 
-STEPS = 200  # most steps of one minimization
+STEPS = 60  # most steps of one minimization: more change the fourth digit of the correlations
 TOLERANCE = 1e-6  # of the gradient's norm, relative to the objective
 
 
