@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,19 @@ class _Block:
             given = given + (shift if self.kind == "scale" else -shift)
         return given
 
-    def score(self, scores: Tensor, output: Tensor, inputs: Tensor, gradient: Tensor, owner: Tensor) -> None:
-        """Add contribution × gradient, summed over an owner's rows, to ``scores`` of shape ``(owners, units)``."""
+    def score(
+        self,
+        scores: Tensor,
+        output: Tensor,
+        inputs: Tensor,
+        gradient: Tensor,
+        owner: Tensor,
+        sums: Callable[[], Tensor],
+    ) -> None:
+        """Add contribution × gradient, summed over an owner's rows, to ``scores`` of shape ``(owners, units)``.
+
+        A scale and a shift share ``sums``, the gradient summed over positions.
+        """
         if self.kind == "weight":
             weight = self._parameter("weight").float()
             sizes = owner.bincount(minlength=len(scores)).tolist()
@@ -118,15 +130,15 @@ class _Block:
         gradient = self.at_the_end(gradient)
         shift = self._parameter("bias").flatten()
         if self.kind == "shift":
-            products = _row_sums(gradient) * shift
+            products = sums() * shift
         elif self.kind == "channel":
             products = _row_sums(gradient * self.at_the_end(output))
         elif self.scores_output:
-            products = _row_sums(gradient * self.at_the_end(output)) - _row_sums(gradient) * shift
+            products = _row_sums(gradient * self.at_the_end(output)) - sums() * shift
         else:  # from the input, because an activation in place may have written into the output
             mean, variance = self.module.get_buffer("running_mean"), self.module.get_buffer("running_var")
             scale = self._parameter("weight") / (variance + self.module.eps).sqrt()  # type: ignore[operator] # eps is a float
-            products = (_row_sums(gradient * self.at_the_end(inputs)) - mean * _row_sums(gradient)) * scale
+            products = (_row_sums(gradient * self.at_the_end(inputs)) - mean * sums()) * scale
         scores.index_add_(0, owner, products.float())
 
 
@@ -315,8 +327,10 @@ class Gates:
         scores, owner = run.scores, run.owner
 
         def add(gradient: Tensor) -> None:
+            norm = next((block for block in blocks if block.kind != "channel"), blocks[0])
+            sums = cache(lambda: _row_sums(norm.at_the_end(gradient)))
             for block in blocks:
-                block.score(scores[:, block.first : block.first + block.count], kept, seen, gradient, owner)
+                block.score(scores[:, block.first : block.first + block.count], kept, seen, gradient, owner, sums)
 
         given.register_hook(add)
         return given
