@@ -368,29 +368,32 @@ def rewinding_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
         The axes, one a run.
     """
     axes = _panels(list(tables))
+    epochs = sorted({epoch for table in tables.values() for epoch in table.epoch})
     for each, table in zip(axes, tables.values(), strict=False):
-        rewinding_lines(table, "noisy_accuracy", each)
-        each.set(xlabel="layer group rewound", ylabel="accuracy on noisy examples (fraction)")
-        each.legend(title="rewound to epoch", fontsize=8, ncols=2)
+        rewinding_lines(table, "noisy_accuracy", each, epochs)
+        each.set(xlabel="layer group rewound", ylabel="noisy accuracy (fraction)")
+    _legend_below(max(axes, key=lambda each: len(each.get_lines())), title="rewound to epoch")
     return axes
 
 
-def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes) -> Axes:
+def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes, epochs: Sequence[int] | None = None) -> Axes:
     """Draw one panel of :func:`rewinding`.
 
     Args:
         table: As :func:`rewinding` takes it, under one treatment.
         column: What to draw, e.g. ``"noisy_accuracy"``.
         axes: Where to draw.
+        epochs: What the colours stand for, where several panels share them; None takes those of the table.
 
     Returns:
         The axes: the mean over seeds by layer group, a line for each epoch (the later, the darker), and the range over
         seeds as a band.
     """
-    groups, epochs = list(table.layer_group.unique()), sorted(table.epoch.unique())
+    groups, epochs = list(table.layer_group.unique()), sorted(table.epoch.unique()) if epochs is None else epochs
     ranges = table.groupby(["epoch", "layer_group"])[column].agg(["mean", "min", "max"])
-    colors = mpl.colormaps["viridis_r"](np.linspace(0.45, 1, len(epochs)))
-    for epoch, color in zip(epochs, colors, strict=True):
+    colors = dict(zip(epochs, mpl.colormaps["viridis_r"](np.linspace(0.45, 1, len(epochs))), strict=True))
+    for epoch in sorted(table.epoch.unique()):
+        color = colors[epoch]
         seen = ranges.loc[epoch].loc[groups]
         axes.plot(groups, seen["mean"], color=color, marker=_CURVES[column][3], label=str(epoch))
         axes.fill_between(groups, seen["min"], seen["max"], color=color, alpha=0.15, linewidth=0)

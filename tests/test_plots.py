@@ -212,7 +212,10 @@ def test_the_band_of_a_rewound_layer_spans_its_seeds(rewound):
     rows = rewound[rewound.batch_norm == "keep"].assign(
         noisy_accuracy=lambda table: 0.1 * table.epoch + 0.2 * table.seed
     )
-    (axes,) = plots.rewinding_panels({"cifar10": rows})
+    axes, other = plots.rewinding_panels({"cifar10": rows, "mnist": rows[rows.epoch == rows.epoch.max()]})
+    assert axes.get_lines()[-1].get_color().tolist() == other.get_lines()[0].get_color().tolist()
+    (legend,) = axes.figure.legends
+    assert len(legend.get_texts()) == rows.epoch.nunique()
     band = axes.collections[1].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((0.5, 0.7))
     assert drawn(axes)
