@@ -6,7 +6,7 @@ batch of 64 images, five copies; six noisy and six clean targets; one thread. Th
 - *reference*: edits the weights of a copy of the network, one target at a time, and runs every copy of the batch
   forward and backward through everything, as the reference code does (recorded: 2.66 s a step on such a core);
 - *parity*: the same objective and units through gates, channels_last: no weight has a gradient, targets of one batch
-  share the first step, and only a target's own copies are run to see whether it has flipped;
+  share the first step, only a target's own copies are run to see whether it has flipped, and 32 images run at a time;
 - *target copied*: the copies are of the target alone, the batch stays as it is;
 - *bf16*: the same in bf16;
 - *default*: and the first step shared, what lies before the first removed unit reused, and reference examples that

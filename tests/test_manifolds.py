@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi, norm
 
 from memloc.centers import mean_cosine
-from memloc.manifolds import balanced, frame_geometry, manifold_geometry, simulated_capacity
+from memloc.manifolds import _frame, balanced, frame_geometry, manifold_geometry, simulated_capacity
 from memloc.randomness import generator
 
 
@@ -125,8 +125,6 @@ def test_frames_and_draws_of_the_reference_code_give_its_results(name, kappa):
 
 @pytest.mark.parametrize("name", ["structured", "iid"])
 def test_frames_are_those_of_the_reference_code_in_whatever_basis(name):
-    from memloc.manifolds import _frame
-
     data = recorded(name)
     clouds = torch.from_numpy(data["X"]).double().mT
     middle = clouds.mean((0, 1))
