@@ -162,7 +162,7 @@ def critical_channels(
         noise: One of :data:`NOISE`.
         noise_scale: Norm of a noise over the norm of what it disturbs, which is an image or the whole batch.
         skipped: Share of the gradient (at the logits, sum of absolute values) whose examples need not run backward;
-            0 runs all, and shares and reuses nothing.
+            0 runs all and, where the target is copied, shares and reuses nothing.
         max_units: Most units to remove for one target.
         generator: Draws the reference batch, then the noises; None makes one from seed 0.
         batch_size: Rows at a time; a network needs one for each image of its reference batch and each copy. On a CPU
