@@ -23,6 +23,7 @@ from memloc.records import Result, code_folder, glue, module_sha256, record, ver
 
 if TYPE_CHECKING:
     import nbformat
+    import pandas as pd
 
 __all__ = [
     "PARAMETERS",
@@ -41,6 +42,7 @@ __all__ = [
     "last_executed",
     "pages",
     "project_root",
+    "published",
     "read_notebook",
     "read_preset",
     "record",
@@ -102,6 +104,27 @@ def results(name: str, root: Path | None = None) -> list[Result]:
     return records.read(root / "book" / "results" / name, module_sha256(root, name))
 
 
+def published(name: str, root: Path | None = None) -> "dict[str, pd.DataFrame]":
+    """Read the numbers of a published figure that a chapter draws beside its own.
+
+    Args:
+        name: The chapter's name.
+        root: The folder with ``_toc.yml``; by default :func:`memloc.pages.project_root`.
+
+    Returns:
+        The tables of ``book/published/<name>.json`` by name, whose ``source`` says where they come from; none where
+        there is no clone of the book, as on Colab.
+    """
+    import pandas as pd
+
+    try:
+        path = (root or project_root()) / "book" / "published" / f"{name}.json"
+    except ProjectError:
+        return {}
+    tables = json.loads(path.read_text())["tables"] if path.is_file() else {}
+    return {key: pd.DataFrame(table["records"], columns=table["columns"]) for key, table in tables.items()}
+
+
 def _key(chapter: Chapter, values: Mapping[str, Value], root: Path) -> str:
     """Hash all that an executed chapter depends on."""
     digest = hashlib.sha256(chapter.path.read_bytes())
@@ -110,6 +133,7 @@ def _key(chapter: Chapter, values: Mapping[str, Value], root: Path) -> str:
     for folder, files in (
         (code, sorted(code.rglob("*.py"))),
         (root, sorted((root / "book" / "results" / chapter.name).glob("*.json"))),
+        (root, sorted((root / "book" / "published").glob(f"{chapter.name}.json"))),
     ):
         for file in files:
             digest.update(b"\0" + file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())

@@ -229,7 +229,7 @@ def frame_geometry(offsets: Tensor, draws: Tensor, *, kappa: float = 0.0, refere
     middle = weights.mean(2, keepdim=True)
     spread = (squares - 2 * (middle * pulled).sum(1) + (middle * (gram @ middle)).sum(1)).clamp(min=0)
     values, vectors = torch.linalg.eigh(gram)
-    is_spanned = values > (values[:, -1:] * offsets.shape[2] * torch.finfo(values.dtype).eps).clamp(min=_COLLAPSED)
+    is_spanned = _is_spanned(values)
     rank = is_spanned.sum(1)
     if reference:
         size, lengths = torch.full_like(rank, offsets.shape[1]), draws[:, :-1].square().sum(1)
@@ -271,7 +271,14 @@ def _frame(cloud: Tensor, directions: Tensor) -> Tensor:
 def _root(gram: Tensor) -> Tensor:
     """Compute symmetric square roots: the points in coordinates that belong to the points."""
     values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
+    spanned = torch.where(_is_spanned(values), values, 0)  # the root of a rounding error is no longer small
+    return (vectors * spanned.sqrt()[:, None]) @ vectors.mT
+
+
+def _is_spanned(values: Tensor) -> Tensor:
+    """Say which eigenvalues of Gram matrices, ascending in each row, are more than rounding errors."""
+    size = values.shape[1]
+    return values > (values[:, -1:] * size * torch.finfo(values.dtype).eps).clamp(min=_COLLAPSED)
 
 
 def _by_class(activations: Tensor, labels: Tensor) -> Tensor:

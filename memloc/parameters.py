@@ -201,6 +201,8 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter(
             "per_kind", int, "examples of each kind to compute gradients of; none: all", minimum=1, optional=True
         ),
+        Parameter("points", int, "examples of each class in a manifold", minimum=2),
+        Parameter("draws", int, "Gaussian vectors for each manifold", minimum=2),
         Parameter("targets", int, "examples to flip, of either kind, clean and noisy", minimum=1),
         Parameter(
             "evaluated",

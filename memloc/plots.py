@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from torch import Tensor
 
 from memloc.intervals import interval
@@ -21,11 +22,14 @@ __all__ = [
     "accuracy_bars",
     "accuracy_curves",
     "accuracy_panels",
+    "anchor",
     "by_kind",
     "by_kind_panels",
+    "clouds",
     "flipping",
     "flipping_panels",
     "gallery",
+    "geometry",
     "gradient_cosines",
     "gradient_lines",
     "gradient_norms",
@@ -64,7 +68,13 @@ _KINDS = (  # of examples, in the order in which a table has them: colour, line,
     ("#0072B2", "-", "o"),
     ("#CC79A7", "-.", "^"),
     ("#555555", ":", "D"),
+    ("#009E73", (0, (5, 1, 1, 1, 1, 1)), "v"),
 )
+_GEOMETRY = {  # column: its unit
+    "capacity": "manifolds per feature",
+    "radius": "norms of the centre",
+    "dimension": "directions",
+}
 _PARTS = {  # of a gradient, column: what the reader sees
     "dependent_norm": "label-dependent",
     "independent_norm": "label-independent",
@@ -527,13 +537,14 @@ def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Ax
         axes: Where to draw; None makes a new figure.
 
     Returns:
-        The axes, with a line for each of up to four kinds.
+        The axes, with a line for each of up to five kinds.
     """
     axes = axes or plt.subplots()[1]
     for kind, (color, line, marker) in zip(table.kind.unique(), _KINDS, strict=False):
         rows = table[table.kind == kind].groupby(x, sort=False)[y].agg(["mean", "min", "max"])
         every = max(1, len(rows) // 10)
-        axes.plot(rows.index, rows["mean"], line, color=color, marker=marker, markevery=every, label=kind)
+        look = {"linestyle": line, "color": color, "marker": marker, "markevery": every}
+        axes.plot(rows.index, rows["mean"], label=kind, **look)
         axes.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(x.replace("_", " "))
     if isinstance(table[x].iloc[0], str):
@@ -571,6 +582,87 @@ def by_kind_panels(
             _log_scale(each)
     _legend_below(axes[0])
     return axes
+
+
+def geometry(
+    tables: Mapping[str, pd.DataFrame], x: str, xlabel: str, scales: tuple[str, str] = ("linear", "linear")
+) -> Sequence[Axes]:
+    """Draw capacity, radius and dimension of several kinds of manifolds beside each other.
+
+    Args:
+        tables: Tables as :func:`by_kind` takes them, with columns ``capacity``, ``radius`` and ``dimension``, by the
+            title of the row of panels; none gives a panel that says so.
+        x: The column along the horizontal axes.
+        xlabel: What it is, with its unit.
+        scales: Of the horizontal axes and of the capacity, ``"linear"`` or ``"log"``.
+
+    Returns:
+        The axes, three a table, row by row; the three columns have a scale each.
+    """
+    if not tables:
+        return _panels([])
+    size = (9.6, 0.7 + 2.7 * len(tables))
+    grid = plt.subplots(len(tables), 3, sharey="col", squeeze=False, figsize=size)[1]
+    for row, (title, table) in zip(grid, tables.items(), strict=True):
+        for axes, (column, unit) in zip(row, _GEOMETRY.items(), strict=True):
+            by_kind(table, x, column, axes).set(xlabel=xlabel, ylabel=f"{column} ({unit})", xscale=scales[0])
+            axes.set_title(title, fontsize=10)
+        if scales[1] == "log":
+            _log_scale(row[0])
+    _legend_below(grid[0, 0])
+    return list(grid.flat)
+
+
+def anchor(corners: Tensor, draw: Tensor, projection: Tensor) -> Axes:
+    """Draw, in three dimensions, how a manifold takes a random vector up: its cone, the projection and the anchor.
+
+    Args:
+        corners: Of a flat manifold about the point (0, 0, 1), in the order of its outline. Shape ``(2, M)``.
+        draw: The random vector, shape ``(3,)``.
+        projection: Its projection on the cone over the manifold, shape ``(3,)``.
+
+    Returns:
+        The axes.
+    """
+    axes = plt.subplots(figsize=(6.8, 4.4), subplot_kw={"projection": "3d"})[1]
+    rim = np.vstack([corners.cpu().numpy(), np.ones(corners.shape[1])]).T
+    faces = [[np.zeros(3), 1.6 * rim[i - 1], 1.6 * rim[i]] for i in range(len(rim))]
+    axes.add_collection3d(Poly3DCollection(faces, color="#0072B2", alpha=0.08, linewidth=0))
+    axes.add_collection3d(Poly3DCollection([rim], color="#0072B2", alpha=0.5))
+    where = (projection / projection[2]).tolist()
+    axes.plot(*zip((0, 0, 0), draw.tolist(), strict=True), "-", color="#D55E00", label="draw")
+    axes.plot(*zip(draw.tolist(), projection.tolist(), strict=True), ":", color="#555555", label="rest")
+    axes.plot(*zip((0, 0, 0), projection.tolist(), strict=True), "--", color="#009E73", label="projection")
+    axes.plot(*([each] for each in (0, 0, 1)), "o", color="black", label="centre")
+    axes.plot(*([each] for each in where), "D", color="#CC79A7", label="anchor")
+    axes.set(xlabel="first direction", ylabel="second direction", zlabel="along the centre", zlim=(0, 1.6))
+    axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+    axes.set_box_aspect((1, 1, 0.7))
+    axes.view_init(elev=14, azim=-70)
+    axes.grid(visible=False)
+    _legend_below(axes)
+    return axes
+
+
+def clouds(panels: Mapping[str, Tensor]) -> Sequence[Axes]:
+    """Draw the points of a few manifolds in three dimensions.
+
+    Args:
+        panels: Coordinates by the title of the panel, up to five manifolds of M points, shape ``(P, M, 3)``.
+
+    Returns:
+        The axes, one a panel.
+    """
+    size = (4.6 * len(panels), 4.2)
+    row = plt.subplots(1, len(panels), figsize=size, squeeze=False, subplot_kw={"projection": "3d"})[1][0]
+    for axes, (title, manifolds) in zip(row, panels.items(), strict=True):
+        for number, (points, (color, _, marker)) in enumerate(zip(manifolds, _KINDS, strict=False)):
+            axes.plot(*points.T.tolist(), linestyle="", marker=marker, color=color, label=f"class {number}")
+        axes.set(title=title, xlabel="axis 1", ylabel="axis 2", zlabel="axis 3")
+        axes.tick_params(labelsize=8)
+        axes.grid(visible=False)
+    _legend_below(row[0])
+    return list(row)
 
 
 def accuracy_bars(table: pd.DataFrame, axes: Axes | None = None) -> Axes:

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi, norm
 
 from memloc.centers import mean_cosine
 from memloc.manifolds import _frame, balanced, frame_geometry, manifold_geometry, simulated_capacity
 from memloc.randomness import generator
+from memloc.shapes import ball, simplex, sphere_points
 
 
 def normal(*shape, seed=0):
@@ -28,27 +28,10 @@ def assert_within(value, expected, error, times=3.0):
     )
 
 
-def ball(radius, dimension, kappa=0.0):
-    """Capacity, radius and dimension of a full ball, by numerical integration over length and height of the draw."""
-    r = np.linspace(0, 12, 1201)[:, None]
-    x = np.linspace(-12, 12, 4801)[None]
-    touches, is_far = x > -kappa - radius * r, x > r / radius - kappa
-    taken = np.where(is_far, r**2 + (x + kappa) ** 2, touches * (radius * r + x + kappa) ** 2 / (1 + radius**2))
-    height = np.where(is_far, x + kappa, 1)
-    extent = np.where(is_far, (r / height) ** 2, radius**2)
-    weight = chi.pdf(r, dimension) * norm.pdf(x)
-
-    def mean(values):
-        return np.trapezoid(np.trapezoid(values * weight, x[0], axis=1), r[:, 0])
-
-    return 1 / mean(taken), math.sqrt(mean(extent)), dimension
-
-
 @pytest.mark.parametrize("kappa", [0, 0.5, 2])
 def test_points_have_the_capacity_of_gardner(kappa):
     found = measured(torch.zeros(3, 2), kappa=kappa)
-    expected = 1 / ((1 + kappa**2) * norm.cdf(kappa) + kappa * norm.pdf(kappa))
-    assert_within(found.capacity, expected, found.capacity_error)
+    assert_within(found.capacity, ball(0, 1, kappa).capacity, found.capacity_error)
     assert (found.radius, found.dimension, found.rank) == (0, 0, 0)
 
 
@@ -56,8 +39,7 @@ def test_points_have_the_capacity_of_gardner(kappa):
 def test_segments_are_as_the_closed_form_says(radius):
     found = measured([[-radius, radius]])
     assert_within(found.capacity, 1 / (0.5 + 2 / math.pi * math.atan(radius)), found.capacity_error)
-    _, expected, _ = ball(radius, 1)
-    assert_within(found.radius, expected, found.radius_error)
+    assert_within(found.radius, ball(radius, 1).radius, found.radius_error)
     assert_within(found.dimension, 1, found.dimension_error)
     assert found.rank == 1
 
@@ -67,10 +49,10 @@ def test_segments_are_as_the_closed_form_says(radius):
 def test_a_polygon_of_200_corners_is_a_disc(radius, kappa):
     angles = torch.arange(200) * (2 * math.pi / 200)
     found = measured(radius * torch.stack([angles.cos(), angles.sin()]), kappa=kappa, count=5000)
-    capacity, extent, dimension = ball(radius, 2, kappa)
-    assert_within(found.capacity, capacity, found.capacity_error)
-    assert_within(found.radius, extent, found.radius_error)
-    assert found.dimension.item() == pytest.approx(dimension, abs=1e-3)  # so nearly constant that its error is less
+    expected = ball(radius, 2, kappa)
+    assert_within(found.capacity, expected.capacity, found.capacity_error)
+    assert_within(found.radius, expected.radius, found.radius_error)
+    assert found.dimension.item() == pytest.approx(expected.dimension, abs=1e-3)  # so nearly constant that its error is less
     assert found.kkt_residual < 1e-8
 
 
@@ -78,16 +60,17 @@ def test_a_simplex_has_the_least_capacity_that_points_can_have():
     points = 50
     unit = torch.eye(points, dtype=torch.float64) - 1 / points
     found = measured(unit * math.sqrt(points), count=2000)  # squared length of an offset M - 1
-    assert_within(found.capacity, 2 / points, found.capacity_error)
-    assert found.radius.item() == pytest.approx(math.sqrt(math.pi - 1), rel=0.02)
-    assert found.dimension.item() == pytest.approx(math.pi / 2 / (math.pi - 1) * points, rel=0.02)
+    expected = simplex(points)
+    assert_within(found.capacity, expected.capacity, found.capacity_error)
+    assert found.radius.item() == pytest.approx(expected.radius, rel=0.02)
+    assert found.dimension.item() == pytest.approx(expected.dimension, rel=0.02)
     assert found.rank == points - 1
 
 
 @pytest.mark.parametrize("dimension", [5, 20])
 def test_points_on_a_sphere_come_nearer_to_the_ball_the_more_they_are(dimension):
-    points = torch.nn.functional.normalize(normal(dimension, 400), dim=0) / 2
-    expected, _, _ = ball(0.5, dimension)
+    points = sphere_points(0.5, dimension, 400, generator(0, "test"))[0]
+    expected = ball(0.5, dimension).capacity
     found = [measured(points[:, :count], count=300).capacity.item() for count in (25, 100, 400)]
     assert found[0] > found[1] > found[2] > expected
 
@@ -246,6 +229,14 @@ def test_more_points_than_features_are_no_obstacle(reference):
     assert found.capacity.isfinite().all()
     assert found.kkt_residual < 1e-8
     assert (found.dimension <= 8).all()
+
+
+def test_points_in_a_space_of_few_dimensions_are_projected_as_exactly_as_others():
+    activations, labels = clouds(count=10, points=20, features=7)
+    wide = torch.linalg.qr(normal(20, 7, seed=3)).Q
+    found = manifold_geometry(activations @ wide.T, labels, remove_common=False)
+    assert (found.rank == 7).all()
+    assert found.kkt_residual < 1e-11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
