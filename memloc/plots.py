@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+from mpl_toolkits.mplot3d.axes3d import Axes3D
 from torch import Tensor
 
 from memloc.intervals import interval
@@ -543,8 +544,8 @@ def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Ax
     for kind, (color, line, marker) in zip(table.kind.unique(), _KINDS, strict=False):
         rows = table[table.kind == kind].groupby(x, sort=False)[y].agg(["mean", "min", "max"])
         every = max(1, len(rows) // 10)
-        look = {"linestyle": line, "color": color, "marker": marker, "markevery": every}
-        axes.plot(rows.index, rows["mean"], label=kind, **look)
+        mean = axes.plot(rows.index, rows["mean"], color=color, marker=marker, markevery=every, label=kind)
+        mean[0].set_linestyle(line)
         axes.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(x.replace("_", " "))
     if isinstance(table[x].iloc[0], str):
@@ -624,7 +625,7 @@ def anchor(corners: Tensor, draw: Tensor, projection: Tensor) -> Axes:
     Returns:
         The axes.
     """
-    axes = plt.subplots(figsize=(6.8, 4.4), subplot_kw={"projection": "3d"})[1]
+    axes: Axes3D = plt.subplots(figsize=(6.8, 4.4), subplot_kw={"projection": "3d"})[1]
     rim = np.vstack([corners.cpu().numpy(), np.ones(corners.shape[1])]).T
     faces = [[np.zeros(3), 1.6 * rim[i - 1], 1.6 * rim[i]] for i in range(len(rim))]
     axes.add_collection3d(Poly3DCollection(faces, color="#0072B2", alpha=0.08, linewidth=0))
@@ -655,6 +656,7 @@ def clouds(panels: Mapping[str, Tensor]) -> Sequence[Axes]:
     """
     size = (4.6 * len(panels), 4.2)
     row = plt.subplots(1, len(panels), figsize=size, squeeze=False, subplot_kw={"projection": "3d"})[1][0]
+    axes: Axes3D
     for axes, (title, manifolds) in zip(row, panels.items(), strict=True):
         for number, (points, (color, _, marker)) in enumerate(zip(manifolds, _KINDS, strict=False)):
             axes.plot(*points.T.tolist(), linestyle="", marker=marker, color=color, label=f"class {number}")

@@ -338,6 +338,7 @@ VERDICTS = {
     "training": "holds",
     "rewinding": "partly",
     "gradients": "holds",
+    "manifolds": "partly",
     "early_gradients": "partly",
     "retraining": "holds",
     "flipping": "holds",
@@ -368,6 +369,13 @@ def test_a_recorded_result_comes_from_its_preset(path: Path) -> None:
     assert result["dataset"] in ("mnist", "cifar10")
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "recorded with changes that were not committed"
     assert len(result["recipes"]) % result["n_seeds"] == 0  # a chapter may have several trainings a seed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "published").glob("*.json")), ids=lambda path: path.stem)
+def test_published_numbers_belong_to_a_chapter_and_say_where_they_come_from(path: Path) -> None:
+    assert path.stem in CHAPTERS
+    assert "read off the published figure" in json.loads(path.read_text())["source"]
+    assert all(len(table) and table.notna().all().all() for table in chapters.published(path.stem, ROOT).values())
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,20 @@ def test_results_are_none_where_there_is_no_clone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(chapters, "project_root", nowhere)
     assert chapters.results("training") == []
+    assert chapters.published("training") == {}
+
+
+def test_published_numbers_are_tables_by_name_and_belong_to_what_an_execution_depends_on(small_book):
+    small_book.chapter("training", "1 + 1")
+    chapter = chapters.find(small_book.root)["training"]
+    assert chapters.published("training", small_book.root) == {}
+    before = chapters._key(chapter, {}, small_book.root)
+    path = small_book.root / "book" / "published" / "training.json"
+    path.parent.mkdir()
+    table = {"columns": ["layer", "capacity"], "records": [[0, 0.04], [1, 0.1]]}
+    path.write_text(json.dumps({"source": "a figure", "tables": {"layers": table}}))
+    assert chapters.published("training", small_book.root)["layers"].capacity.tolist() == [0.04, 0.1]
+    assert chapters._key(chapter, {}, small_book.root) != before
 
 
 def test_a_source_becomes_a_notebook_with_tags_and_a_kernel(small_book):

@@ -52,7 +52,7 @@ def test_a_polygon_of_200_corners_is_a_disc(radius, kappa):
     expected = ball(radius, 2, kappa)
     assert_within(found.capacity, expected.capacity, found.capacity_error)
     assert_within(found.radius, expected.radius, found.radius_error)
-    assert found.dimension.item() == pytest.approx(expected.dimension, abs=1e-3)  # so nearly constant that its error is less
+    assert found.dimension.item() == pytest.approx(expected.dimension, abs=1e-3)  # its error is less
     assert found.kkt_residual < 1e-8
 
 

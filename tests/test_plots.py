@@ -317,6 +317,49 @@ def test_kinds_side_by_side_have_a_measure_each_or_one_for_all(kinds):
     assert drawn(empty)
 
 
+@pytest.fixture
+def manifolds():
+    rows = [
+        {"kind": f"kind {kind}", "seed": seed, "layer": layer, "capacity": 0.1 + 0.1 * layer + 0.02 * seed,
+         "radius": 1 + kind, "dimension": 10 - layer}
+        for kind in range(5) for seed in range(2) for layer in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_geometry_has_a_row_a_table_a_column_a_measure_and_five_kinds_told_apart(manifolds):
+    axes = plots.geometry({"a": manifolds, "b": manifolds}, "layer", "layer", ("linear", "log"))
+    assert [each.get_title() for each in axes] == ["a", "a", "a", "b", "b", "b"]
+    assert [each.get_ylabel().split()[0] for each in axes[:3]] == ["capacity", "radius", "dimension"]
+    assert list(axes[3].get_lines()[0].get_ydata()) == pytest.approx([0.11, 0.21, 0.31])
+    assert [each.get_yscale() for each in axes[:3]] == ["log", "linear", "linear"]
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes[1].get_lines()]
+    assert len(looks) == 5
+    assert all(len({look[part] for look in looks}) == 5 for part in (0, 2))
+    assert drawn(axes[0])
+    (empty,) = plots.geometry({}, "layer", "layer")
+    assert empty.texts[0].get_text() == "nothing to show yet"
+
+
+def test_the_anchor_lies_where_the_projection_meets_the_manifold():
+    corners = torch.tensor([[0.5, 0.0, -0.5, 0.0], [0.0, 0.5, 0.0, -0.5]])
+    axes = plots.anchor(corners, torch.tensor([1.0, 0.2, 0.4]), torch.tensor([0.4, 0.0, 0.8]))
+    lines = {line.get_label(): line.get_data_3d() for line in axes.get_lines()}
+    assert [values[0] for values in lines["anchor"]] == pytest.approx([0.5, 0, 1])
+    assert [values[1] for values in lines["projection"]] == pytest.approx([0.4, 0, 0.8])
+    assert [values[0] for values in lines["rest"]] == pytest.approx([1.0, 0.2, 0.4])
+    assert drawn(axes)
+
+
+def test_clouds_have_a_panel_a_moment_and_a_marker_a_manifold():
+    points = torch.arange(36.0).view(3, 4, 3)
+    axes = plots.clouds({"early": points, "late": 2 * points})
+    assert [each.get_title() for each in axes] == ["early", "late"]
+    assert len({line.get_marker() for line in axes[0].get_lines()}) == 3
+    assert list(axes[1].get_lines()[1].get_data_3d()[2]) == [28, 34, 40, 46]
+    assert drawn(axes[0])
+
+
 def test_retraining_has_a_panel_for_every_group_and_what_stopped_early_keeps_its_last_values(retrained):
     axes = plots.retraining(retrained[retrained.batch_norm == "keep"])
     assert [each.get_title() for each in axes] == ["stem", "body", "head", "end"]
