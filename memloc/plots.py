@@ -69,7 +69,7 @@ _KINDS = (  # of examples, in the order in which a table has them: colour, line,
     ("#0072B2", "-", "o"),
     ("#CC79A7", "-.", "^"),
     ("#555555", ":", "D"),
-    ("#009E73", (0, (5, 1, 1, 1, 1, 1)), "v"),
+    ("#009E73", "-", "v"),
 )
 _GEOMETRY = {  # column: its unit
     "capacity": "manifolds per feature",
@@ -544,8 +544,7 @@ def by_kind(table: pd.DataFrame, x: str, y: str, axes: Axes | None = None) -> Ax
     for kind, (color, line, marker) in zip(table.kind.unique(), _KINDS, strict=False):
         rows = table[table.kind == kind].groupby(x, sort=False)[y].agg(["mean", "min", "max"])
         every = max(1, len(rows) // 10)
-        mean = axes.plot(rows.index, rows["mean"], color=color, marker=marker, markevery=every, label=kind)
-        mean[0].set_linestyle(line)
+        axes.plot(rows.index, rows["mean"], line, color=color, marker=marker, markevery=every, label=kind)
         axes.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(x.replace("_", " "))
     if isinstance(table[x].iloc[0], str):
