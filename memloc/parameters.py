@@ -121,6 +121,7 @@ _A = {bool: "true or false", int: "an int", float: "a finite float", str: "a wor
 
 # The choices repeat the names that datasets, labelnoise, models and training know, so that a chapter can be
 # listed and checked without importing torch; a test compares them.
+_MODELS = ("small_cnn", "mlp", "resnet9", "resnet18", "resnet50", "vit_small", "vgg16")
 PARAMETERS: dict[str, Parameter] = {
     parameter.name: parameter
     for parameter in (
@@ -156,13 +157,19 @@ PARAMETERS: dict[str, Parameter] = {
             ),
         ),
         Parameter("noise_rate", float, "share of the labels that are made wrong", minimum=0, maximum=1),
-        Parameter(
-            "model",
-            str,
-            "the network",
-            ("small_cnn", "mlp", "resnet9", "resnet18", "resnet50", "vit_small", "vgg16"),
-        ),
+        Parameter("model", str, "the network", _MODELS),
         Parameter("width", int, "scale of the network; none: its own", minimum=1, optional=True),
+        Parameter("other_model", str, "the network to compare with", _MODELS),
+        Parameter("other_width", int, "scale of the other network; none: its own", minimum=1, optional=True),
+        Parameter(
+            "other_size",
+            int,
+            "height and width in pixels for the other network; none: as they are",
+            minimum=4,
+            maximum=512,
+            optional=True,
+        ),
+        Parameter("other_learning_rate", float, "peak learning rate of the other network", minimum=0),
         Parameter("dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed")),
         Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere"),
         Parameter("p_gen", float, "share of generalization channels", minimum=0, maximum=1),
@@ -196,6 +203,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("channels_last", bool, "memory layout that is faster for convolutions"),
         Parameter("compile", bool, "compile the model before training"),
         Parameter("batch_norm", str, "batch-norm buffers of rewound layers", ("keep", "rewind", "recalibrate")),
+        Parameter("calibration", int, "training images to compute batch-norm statistics from", minimum=1),
         Parameter("retrain_epochs", int, "epochs of retraining at most", minimum=1),
         Parameter("retrain_learning_rate", float, "peak learning rate of retraining", minimum=0),
         Parameter(

@@ -45,6 +45,7 @@ __all__ = [
     "rewinding",
     "rewinding_lines",
     "rewinding_panels",
+    "rollback_panels",
     "set_style",
     "treatment_bars",
     "treatment_panels",
@@ -410,6 +411,31 @@ def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes, epochs: Sequen
         axes.fill_between(groups, seen["min"], seen["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
     axes.tick_params(axis="x", rotation=45)
+    return axes
+
+
+def rollback_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw the test accuracy after layer groups were put back to each epoch, between the last epoch's and the best one's.
+
+    Args:
+        tables: Tables as :func:`rewinding` takes them, under one treatment, with columns ``final_accuracy`` and
+            ``best_accuracy`` (test accuracy at the last and at the best epoch), by the title of the panel; none gives a
+            panel that says so.
+
+    Returns:
+        The axes, one a table, drawn by :func:`rewinding_lines` with a dashed line for the best epoch and a dotted one for
+        the last, both means over seeds.
+
+    Source:
+        Stephenson et al. (2021), layer rewinding.
+    """
+    axes = _panels(list(tables))
+    for each, table in zip(axes, tables.values(), strict=False):
+        rewinding_lines(table, "test_accuracy", each)
+        each.axhline(table.best_accuracy.mean(), color="#D55E00", linestyle="--", label="best epoch")
+        each.axhline(table.final_accuracy.mean(), color="black", linestyle=":", label="last epoch")
+        each.set(xlabel="layer groups rewound", ylabel="test accuracy (fraction)")
+    _legend_below(axes[0], title="rewound to epoch")
     return axes
 
 

@@ -337,6 +337,7 @@ def test_stock_papermill_runs_a_notebook_for_readers(built: SmallBook, tmp_path:
 VERDICTS = {
     "training": "holds",
     "rewinding": "partly",
+    "rollback": "partly",
     "gradients": "holds",
     "manifolds": "partly",
     "early_gradients": "partly",

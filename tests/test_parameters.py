@@ -142,6 +142,7 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
         ("noise", labelnoise.KINDS),
         ("dropout", dropout.KINDS),
         ("model", models.NAMES),
+        ("other_model", models.NAMES),
         ("schedule", recipes.SCHEDULES),
         ("precision", evaluation.PRECISIONS),
         ("batch_norm", rewinding.BATCH_NORM),

@@ -221,6 +221,24 @@ def test_the_band_of_a_rewound_layer_spans_its_seeds(rewound):
     assert drawn(axes)
 
 
+def test_rollback_lies_between_lines_for_the_last_and_the_best_epoch(rewound):
+    rows = rewound[rewound.batch_norm == "keep"].assign(
+        test_accuracy=lambda table: 0.1 * table.epoch + 0.2 * table.seed,
+        final_accuracy=lambda table: 0.2 + 0.1 * table.seed,
+        best_accuracy=lambda table: 0.6 + 0.1 * table.seed,
+    )
+    (axes,) = plots.rollback_panels({"vgg16": rows})
+    early, late, best, last = axes.get_lines()
+    assert [line.get_label() for line in axes.get_lines()] == ["0", "5", "best epoch", "last epoch"]
+    assert list(late.get_ydata()) == pytest.approx([0.5 + 0.2 * rows.seed.drop_duplicates().mean()] * 3)
+    seeds = rows.seed.drop_duplicates().mean()
+    assert (best.get_ydata()[0], last.get_ydata()[0]) == pytest.approx((0.6 + 0.1 * seeds, 0.2 + 0.1 * seeds))
+    assert early.get_ydata()[0] < last.get_ydata()[0]
+    assert drawn(axes)
+    (empty,) = plots.rollback_panels({})
+    assert empty.texts[0].get_text() == "nothing to show yet"
+
+
 def test_treatments_are_bars_of_means_with_a_dot_for_every_seed(rewound):
     noisy, clean = plots.treatments(rewound[rewound.epoch == 5])
     assert [container.get_label() for container in noisy.containers] == ["keep", "rewind", "recalibrate"]
