@@ -415,7 +415,7 @@ def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes, epochs: Sequen
 
 
 def rollback_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
-    """Draw the test accuracy after layer groups were put back to each epoch, between the last epoch's and the best one's.
+    """Draw the test accuracy after layer groups were put back to each epoch, with that of the last and the best epoch.
 
     Args:
         tables: Tables as :func:`rewinding` takes them, under one treatment, with columns ``final_accuracy`` and
@@ -423,8 +423,8 @@ def rollback_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
             panel that says so.
 
     Returns:
-        The axes, one a table, drawn by :func:`rewinding_lines` with a dashed line for the best epoch and a dotted one for
-        the last, both means over seeds.
+        The axes, one a table, drawn by :func:`rewinding_lines`, with a dashed line for the best epoch and a dotted one
+        for the last, both means over seeds.
 
     Source:
         Stephenson et al. (2021), layer rewinding.
