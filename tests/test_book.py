@@ -337,7 +337,7 @@ def test_stock_papermill_runs_a_notebook_for_readers(built: SmallBook, tmp_path:
 VERDICTS = {
     "training": "holds",
     "rewinding": "partly",
-    "rollback": "partly",
+    "rollback": "does not hold",
     "gradients": "holds",
     "manifolds": "partly",
     "early_gradients": "partly",
