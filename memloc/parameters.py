@@ -203,6 +203,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("channels_last", bool, "memory layout that is faster for convolutions"),
         Parameter("compile", bool, "compile the model before training"),
         Parameter("batch_norm", str, "batch-norm buffers of rewound layers", ("keep", "rewind", "recalibrate")),
+        Parameter("rewound_epochs", int, "evenly spaced epochs to rewind to, besides the best one", minimum=0),
         Parameter("calibration", int, "training images to compute batch-norm statistics from", minimum=1),
         Parameter("retrain_epochs", int, "epochs of retraining at most", minimum=1),
         Parameter("retrain_learning_rate", float, "peak learning rate of retraining", minimum=0),

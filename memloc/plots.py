@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers, and each has a 
 Backgrounds are transparent and text is dark, so that a page can turn the figure for its dark mode.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -45,6 +46,7 @@ __all__ = [
     "rewinding",
     "rewinding_lines",
     "rewinding_panels",
+    "rollback_lines",
     "rollback_panels",
     "set_style",
     "treatment_bars",
@@ -415,27 +417,52 @@ def rewinding_lines(table: pd.DataFrame, column: str, axes: Axes, epochs: Sequen
 
 
 def rollback_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
-    """Draw the test accuracy after layer groups were put back to each epoch, with that of the last and the best epoch.
+    """Draw the test accuracy after layer groups were put back to some epochs, between two lines to compare with.
 
     Args:
-        tables: Tables as :func:`rewinding` takes them, under one treatment, with columns ``final_accuracy`` and
-            ``best_accuracy`` (test accuracy at the last and at the best epoch), by the title of the panel; none gives a
-            panel that says so.
+        tables: One row a choice of layer groups, epoch and, unless they are means already, seed: ``layer_group``,
+            ``rewound_to`` (the role of the epoch in its training, such as ``"1/2"`` or ``"best"``), ``test_accuracy``,
+            ``final_accuracy`` and ``best_accuracy`` (those of the last epoch and of early stopping), by the title of
+            the panel. None gives a panel that says so.
 
     Returns:
-        The axes, one a table, drawn by :func:`rewinding_lines`, with a dashed line for the best epoch and a dotted one
-        for the last, both means over seeds.
+        The axes, one a table, drawn by :func:`rollback_lines`, with a dashed line for early stopping and a dotted one
+        for the last epoch, both means over seeds.
 
     Source:
         Stephenson et al. (2021), layer rewinding.
     """
     axes = _panels(list(tables))
+    roles = list(dict.fromkeys(role for table in tables.values() for role in table.rewound_to))
     for each, table in zip(axes, tables.values(), strict=False):
-        rewinding_lines(table, "test_accuracy", each)
-        each.axhline(table.best_accuracy.mean(), color="#D55E00", linestyle="--", label="best epoch")
+        rollback_lines(table, each, roles)
+        each.axhline(table.best_accuracy.mean(), color="black", linestyle="--", label="early stopping")
         each.axhline(table.final_accuracy.mean(), color="black", linestyle=":", label="last epoch")
-        each.set(xlabel="layer groups rewound", ylabel="test accuracy (fraction)")
-    _legend_below(axes[0], title="rewound to epoch")
+    _legend_below(max(axes, key=lambda each: len(each.get_lines())), title="rewound to epoch")
+    return axes
+
+
+def rollback_lines(table: pd.DataFrame, axes: Axes, roles: Sequence[str]) -> Axes:
+    """Draw the lines of one panel of :func:`rollback_panels`.
+
+    Args:
+        table: As :func:`rollback_panels` takes it.
+        axes: Where to draw.
+        roles: The values of ``rewound_to`` in their order, which gives each its colour and marker.
+
+    Returns:
+        The axes: the mean over seeds by layer group, a line for each role, and the range over seeds as a band.
+    """
+    groups = list(table.layer_group.unique())
+    ranges = table.groupby(["rewound_to", "layer_group"]).test_accuracy.agg(["mean", "min", "max"])
+    colors = mpl.colormaps["viridis_r"](np.linspace(0.3, 1, len(roles)))
+    for role, color, marker in zip(roles, colors, itertools.cycle("so^Dv"), strict=False):
+        if role in ranges.index:
+            seen = ranges.loc[role].loc[groups]
+            axes.plot(groups, seen["mean"], color=color, marker=marker, label=role)
+            axes.fill_between(groups, seen["min"], seen["max"], color=color, alpha=0.15, linewidth=0)
+    axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set(xlabel="layer groups rewound", ylabel="test accuracy (fraction)")
     return axes
 
 

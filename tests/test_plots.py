@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from memloc import plots
 
@@ -221,20 +222,47 @@ def test_the_band_of_a_rewound_layer_spans_its_seeds(rewound):
     assert drawn(axes)
 
 
-def test_rollback_lies_between_lines_for_the_last_and_the_best_epoch(rewound):
-    rows = rewound[rewound.batch_norm == "keep"].assign(
-        test_accuracy=lambda table: 0.1 * table.epoch + 0.2 * table.seed,
-        final_accuracy=lambda table: 0.2 + 0.1 * table.seed,
-        best_accuracy=lambda table: 0.6 + 0.1 * table.seed,
-    )
-    (axes,) = plots.rollback_panels({"vgg16": rows})
-    early, late, best, last = axes.get_lines()
-    assert [line.get_label() for line in axes.get_lines()] == ["0", "5", "best epoch", "last epoch"]
-    assert list(late.get_ydata()) == pytest.approx([0.5 + 0.2 * rows.seed.drop_duplicates().mean()] * 3)
-    seeds = rows.seed.drop_duplicates().mean()
-    assert (best.get_ydata()[0], last.get_ydata()[0]) == pytest.approx((0.6 + 0.1 * seeds, 0.2 + 0.1 * seeds))
-    assert early.get_ydata()[0] < last.get_ydata()[0]
+@pytest.fixture
+def rolled_back():
+    rows = [
+        {"rewound_to": role, "layer_group": group, "seed": seed, "test_accuracy": accuracy + 0.1 * seed,
+         "final_accuracy": 0.2 + 0.1 * seed, "best_accuracy": 0.6 + 0.1 * seed}
+        for role, accuracy in (("1/2", 0.3), ("1/4", 0.4), ("best", 0.5)) for group in ("last 2", "last 1")
+        for seed in range(2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_rollback_lies_between_lines_for_the_last_epoch_and_early_stopping(rolled_back):
+    (axes,) = plots.rollback_panels({"vgg16": rolled_back})
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert list(lines) == ["1/2", "1/4", "best", "early stopping", "last epoch"]
+    assert lines["best"] == pytest.approx([0.55, 0.55])
+    assert (lines["early stopping"], lines["last epoch"]) == (pytest.approx([0.65] * 2), pytest.approx([0.25] * 2))
+    assert axes.get_ylabel() == "test accuracy (fraction)"
+    axes.figure.canvas.draw()
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["last 2", "last 1"]
     assert drawn(axes)
+
+
+def test_the_band_of_a_rollback_spans_its_seeds(rolled_back):
+    (axes,) = plots.rollback_panels({"vgg16": rolled_back})
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.3, 0.4))
+
+
+def test_an_epoch_looks_the_same_in_every_panel_of_a_rollback(rolled_back):
+    half, all_roles = plots.rollback_panels({"half": rolled_back[rolled_back.rewound_to != "1/2"], "all": rolled_back})
+    looks = [
+        {line.get_label(): (to_hex(line.get_color()), line.get_marker()) for line in axes.get_lines()}
+        for axes in (half, all_roles)
+    ]
+    assert looks[0].items() <= looks[1].items()
+    assert len(set(looks[1].values())) == 4  # three roles, and the two straight lines alike but for their dashes
+    assert len(half.figure.legends[0].get_texts()) == 5
+
+
+def test_without_a_rollback_the_panel_says_so():
     (empty,) = plots.rollback_panels({})
     assert empty.texts[0].get_text() == "nothing to show yet"
 
