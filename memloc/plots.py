@@ -6,6 +6,7 @@ Backgrounds are transparent and text is dark, so that a page can turn the figure
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -426,13 +427,13 @@ def rollback_panels(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
             the panel. None gives a panel that says so.
 
     Returns:
-        The axes, one a table, drawn by :func:`rollback_lines`, with a dashed line for early stopping and a dotted one
-        for the last epoch, both means over seeds.
+        The axes, one a table and two in a row, which share a scale, drawn by :func:`rollback_lines`, with a dashed line
+        for early stopping and a dotted one for the last epoch, both means over seeds.
 
     Source:
         Stephenson et al. (2021), layer rewinding.
     """
-    axes = _panels(list(tables))
+    axes = _panels(list(tables), sharey="row")
     roles = list(dict.fromkeys(role for table in tables.values() for role in table.rewound_to))
     for each, table in zip(axes, tables.values(), strict=False):
         rollback_lines(table, each, roles)
@@ -921,7 +922,7 @@ def _bars(table: pd.DataFrame, column: str, by: str, looks: Mapping[str, tuple[s
     axes.set_xticks(range(len(groups)), groups, rotation=45)
 
 
-def _panels(titles: Sequence[str], *, sharey: bool = True) -> list[Axes]:
+def _panels(titles: Sequence[str], *, sharey: bool | Literal["row"] = True) -> list[Axes]:
     """Make one axes a title, two in a row; without titles, one that says that there is nothing."""
     rows = max(1, -(-len(titles) // 2))
     columns = min(2, max(1, len(titles)))

@@ -262,6 +262,13 @@ def test_an_epoch_looks_the_same_in_every_panel_of_a_rollback(rolled_back):
     assert len(some.figure.legends[0].get_texts()) == 5
 
 
+def test_rollbacks_in_a_row_share_their_scale_and_rows_do_not(rolled_back):
+    higher = rolled_back.assign(test_accuracy=0.9)
+    left, right, below, _ = plots.rollback_panels({"a": rolled_back, "b": higher, "c": rolled_back})
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[1] > 0.9 > below.get_ylim()[1]
+
+
 def test_without_a_rollback_the_panel_says_so():
     (empty,) = plots.rollback_panels({})
     assert empty.texts[0].get_text() == "nothing to show yet"
