@@ -130,6 +130,17 @@ def test_without_a_method_that_converges_each_problem_is_solved_alone(monkeypatc
     torch.testing.assert_close(squared_lengths(gram, found.coefficients), by_hand(generators, draws))
 
 
+def test_where_the_last_resort_stops_too_early_another_one_goes_on(monkeypatch):
+    gram, targets, _, _ = problems(clouds(0.5, 12), 20)
+    right = project(gram, targets)
+    monkeypatch.setattr(cones, "ITERATIONS", ())
+    monkeypatch.setattr(scipy.optimize, "nnls", lambda columns, point, **_: (np.zeros(columns.shape[1]), 0.0))
+    found = project(gram, targets)
+    assert found.left_over > 0
+    assert found.residual < 1e-10
+    torch.testing.assert_close(squared_lengths(gram, found.coefficients), squared_lengths(gram, right.coefficients))
+
+
 def test_no_target_is_no_work():
     found = project(torch.eye(2, dtype=torch.float64)[None], torch.zeros(1, 2, 0, dtype=torch.float64))
     assert found.coefficients.shape == (1, 2, 0)
