@@ -1,8 +1,8 @@
 """Project many points on convex cones at once: non-negative least squares from Gram matrices alone."""
 
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def project(gram: Tensor, targets: Tensor) -> ConeProjection:
     accelerated gradient method runs on all problems together until the set of positive coefficients can be guessed; the
     system on that set is solved exactly, the set is changed where a coefficient or a gradient has the wrong sign, and
     the optimality conditions are checked. What is still wrong takes more steps, and in the end Lawson and Hanson's
-    method, one problem at a time (and bounded least squares where scipy's stops too early).
+    method, one problem at a time; where scipy's stops too early, ours.
 
     Args:
         gram: Positive semi-definite, diagonal positive. Float64, shape ``(P, M, M)``.
@@ -204,12 +204,32 @@ def _one_by_one(gram: Tensor, cone: Tensor, goal: Tensor) -> Tensor:
         solution, _ = scipy.optimize.nnls(columns, point, maxiter=100 * len(target))
         slope = columns.T @ (point - columns @ solution)
         if max(abs(slope[solution > 0]).max(initial=0), slope.max()) > 100 * TOLERANCE:
-            # It stops too early now and then, where generators are nearly dependent (scipy 1.17).
-            solution = scipy.optimize.lsq_linear(
-                columns, point, bounds=(0, math.inf), method="bvls", tol=TOLERANCE, max_iter=100 * len(target)
-            ).x
+            solution = _one_at_a_time(columns, point)  # scipy 1.17 stops too early where columns are nearly dependent
         found.append(torch.from_numpy(solution))
     return torch.stack(found).to(goal)
+
+
+def _one_at_a_time(columns: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Solve one problem by Lawson and Hanson's method as it is written, slowly."""
+    active = np.zeros(columns.shape[1], dtype=bool)
+    found = np.zeros(columns.shape[1])
+    for _ in range(100 * len(found)):  # it ends long before: the distance falls with every change of the active set
+        slope = np.where(active, 0, columns.T @ (point - columns @ found))
+        if slope.max() <= TOLERANCE:
+            break
+        active[slope.argmax()] = True
+        while True:
+            best = np.zeros(len(found))
+            best[active] = np.linalg.lstsq(columns[:, active], point)[0]
+            falling = active & (best <= 0)
+            if not falling.any():
+                break
+            share = (found[falling] / (found[falling] - best[falling])).min()
+            found += share * (best - found)
+            active &= found > np.finfo(found.dtype).eps * found.max()
+            found[~active] = 0
+        found = best
+    return found
 
 
 def _residual(gram: Tensor, cone: Tensor, goal: Tensor, found: Tensor) -> float:
