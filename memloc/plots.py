@@ -29,6 +29,7 @@ __all__ = [
     "by_kind",
     "by_kind_panels",
     "clouds",
+    "double_descent",
     "flipping",
     "flipping_panels",
     "gallery",
@@ -84,6 +85,11 @@ _PARTS = {  # of a gradient, column: what the reader sees
     "dependent_norm": "label-dependent",
     "independent_norm": "label-independent",
     "total_norm": "sum",
+}
+_SIZED = {  # measure of networks of several sizes, column: what the reader sees
+    "test_accuracy": "accuracy (fraction)",
+    "radius": "radius (norms of the centre)",
+    "dimension": "dimension (directions)",
 }
 _TREATMENTS = {  # treatment of batch-norm: colour, hatching
     "keep": ("#D55E00", ""),
@@ -895,6 +901,42 @@ def method_shares(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
     for axes in grid[:, 0]:
         axes.set_ylabel("share (fraction)")
         axes.set_ylim(bottom=0)
+    return list(grid.flat)
+
+
+def double_descent(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw accuracy, radius and dimension against the size of a network, as it was at one or several moments.
+
+    Args:
+        tables: One row a network, moment and seed, from the smallest network up: ``parameters`` (how many), ``kind``
+            (which moment), ``seed``, ``test_accuracy``, ``radius`` and ``dimension``, by the title of the row of
+            panels; none gives a panel that says so. Where there are columns ``noisy_accuracy`` and ``interpolates``
+            (whether networks of this size fit their training set), they are drawn too.
+
+    Returns:
+        The axes, three a table, row by row: on the left the test accuracy at each moment and the noisy accuracy at the
+        last of them. A vertical line stands at the smallest network that interpolates.
+
+    Source:
+        Stephenson et al. (2021), Figure 4C-E.
+    """
+    if not tables:
+        return _panels([])
+    size = (9.6, 0.7 + 2.7 * len(tables))
+    grid = plt.subplots(len(tables), len(_SIZED), squeeze=False, figsize=size)[1]
+    for row, (title, table) in zip(grid, tables.items(), strict=True):
+        for axes, (column, label) in zip(row, _SIZED.items(), strict=True):
+            shown = table
+            if column == "test_accuracy" and "noisy_accuracy" in table:
+                last = table[table.kind == table.kind.iloc[-1]]
+                noisy = last.assign(kind=f"noisy labels, {last.kind.iloc[-1]}", test_accuracy=last.noisy_accuracy)
+                shown = pd.concat([table, noisy])
+            by_kind(shown, "parameters", column, axes).set(ylabel=label, xscale="log")
+            axes.set_title(title, fontsize=10)
+            if "interpolates" in table and table.interpolates.any():
+                axes.axvline(table.parameters[table.interpolates].min(), color="black", linestyle=":", linewidth=1)
+    with_most = max(grid[:, 0], key=lambda axes: len(axes.get_lines()))
+    _legend_below(with_most)
     return list(grid.flat)
 
 

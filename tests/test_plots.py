@@ -458,6 +458,45 @@ def test_shares_of_several_runs_stand_side_by_side_and_one_seed_has_no_interval(
     assert drawn(axes[0])
 
 
+def sized(noisy: bool) -> pd.DataFrame:
+    rows = [
+        {"parameters": 10**power, "kind": kind, "seed": seed, "test_accuracy": 0.1 * power + late, "radius": 1.0,
+         "dimension": power + seed, "noisy_accuracy": 0.2 * power, "interpolates": power >= 3}
+        for power in range(2, 5) for late, kind in enumerate(("best epoch", "last epoch")) for seed in range(2)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table if noisy else table.drop(columns=["noisy_accuracy", "interpolates"])
+
+
+def test_double_descent_has_a_line_for_each_moment_over_sizes_and_marks_the_first_that_interpolates():
+    axes = plots.double_descent({"digits": sized(noisy=True)})
+    assert [each.get_ylabel().partition(" ")[0] for each in axes] == ["accuracy", "radius", "dimension"]
+    assert [each.get_xscale() for each in axes] == ["log"] * 3
+    best, last, noisy, threshold = axes[0].get_lines()
+    assert [line.get_label() for line in (best, last, noisy)] == [
+        "best epoch", "last epoch", "noisy labels, last epoch"
+    ]  # fmt: skip
+    assert list(last.get_ydata()) == pytest.approx([1.2, 1.3, 1.4])
+    assert list(noisy.get_ydata()) == pytest.approx([0.4, 0.6, 0.8])
+    assert [set(each.get_lines()[-1].get_xdata()) for each in axes] == [{1000}] * 3
+    assert list(threshold.get_xdata()) == [1000, 1000]
+    assert [len(each.get_lines()) for each in axes] == [4, 3, 3]
+    assert list(axes[2].get_lines()[0].get_ydata()) == pytest.approx([2.5, 3.5, 4.5])
+    assert drawn(axes[0])
+
+
+def test_double_descent_draws_tables_that_know_less_and_names_every_line_once():
+    axes = plots.double_descent({"published": sized(noisy=False), "mnist": sized(noisy=True)})
+    assert [each.get_title() for each in axes] == ["published"] * 3 + ["mnist"] * 3
+    assert [len(each.get_lines()) for each in axes] == [2, 2, 2, 4, 3, 3]
+    (legend,) = axes[0].figure.legends
+    assert len(legend.get_texts()) == 3
+    none = sized(noisy=True).assign(interpolates=False)
+    assert len(plots.double_descent({"digits": none})[1].get_lines()) == 2
+    assert plots.double_descent({})[0].texts[0].get_text() == "nothing to show yet"
+    assert drawn(axes[0])
+
+
 def test_the_style_is_transparent_and_drawn_as_svg(curves):
     content = drawn(plots.accuracy_curves(curves))
     assert content.startswith(b"<?xml")
