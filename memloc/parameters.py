@@ -70,6 +70,8 @@ class Parameter:
         else:
             one = replace(self, type=self.each, each=None, optional=False)
             values = [one.parse(word) for word in str(typed).split(",") if word]
+            if not values and not self.optional:
+                raise ParameterError(f"{self.name} must be at least one value, got {value!r}")
             if len(set(values)) < len(values):
                 raise ParameterError(f"{self.name} must be different values, got {value!r}")
         return typed
@@ -170,6 +172,8 @@ PARAMETERS: dict[str, Parameter] = {
             optional=True,
         ),
         Parameter("other_learning_rate", float, "peak learning rate of the other network", minimum=0),
+        Parameter("widths", str, "widths to compare, commas between them", minimum=1, each=int),
+        Parameter("layer", str, "the module whose output is measured, by its name in the network"),
         Parameter("dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed")),
         Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere"),
         Parameter("p_gen", float, "share of generalization channels", minimum=0, maximum=1),
