@@ -340,6 +340,7 @@ VERDICTS = {
     "rollback": "does not hold",
     "gradients": "holds",
     "manifolds": "partly",
+    "double_descent": "partly",
     "early_gradients": "partly",
     "retraining": "holds",
     "flipping": "holds",
