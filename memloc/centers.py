@@ -37,7 +37,7 @@ def mean_cosine(centers: Tensor) -> float:
     count = len(centers)
     if count < 2:
         return 0.0
-    unit = torch.nn.functional.normalize(centers, dim=1)
+    unit = torch.nn.functional.normalize(centers, dim=1, eps=torch.finfo(centers.dtype).tiny)
     cosines = (unit @ unit.T).abs()
     return ((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))).item()
 

@@ -13,6 +13,7 @@ ITERATIONS = (40, 60, 150, 400)  # of the first-order method before each attempt
 PIVOTS = 12  # most changes of the active set in each attempt
 PROGRESS = 0.25  # share of the problems that an attempt must finish to be worth another
 TOLERANCE = 1e-11  # of the optimality conditions, relative to the largest entry of the targets
+ENTRIES = 2**24  # of the matrices that are factorized at a time
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def _finish(gram: Tensor, cone: Tensor, goal: Tensor, active: Tensor) -> tuple[T
     waiting = torch.arange(len(goal), device=goal.device)
     for pivot in range(PIVOTS):
         some, known = cone[waiting], goal[waiting]
-        solved = _solve(gram, some, known, active)
+        rows = max(1, ENTRIES // gram.shape[1] ** 2)
+        parts = zip(some.split(rows), known.split(rows), active.split(rows), strict=True)
+        solved = torch.cat([_solve(gram, *part) for part in parts])
         gradient = known - _times(gram, some, solved)
         negative = active & ~(solved >= 0)  # NaN, from a singular system, counts as wrong
         missing = ~active & (gradient > TOLERANCE)
@@ -196,7 +199,7 @@ def _one_by_one(gram: Tensor, cone: Tensor, goal: Tensor) -> Tensor:
     for number, target in zip(cone.tolist(), goal.cpu(), strict=True):
         if number not in roots:
             values, vectors = torch.linalg.eigh(gram[number].cpu())
-            kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+            kept = values > 0  # however small: what is left out is lost, and a rounding error does no harm
             root = values[kept].sqrt()
             roots[number] = (root[:, None] * vectors[:, kept].T, vectors[:, kept] / root)
         generators, inverse = roots[number]

@@ -169,6 +169,8 @@ def manifold_geometry(
     clouds = _by_class(activations, labels)
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, for an error to be known, got {draws}")
     draw = make_generator(0, "manifolds") if generator is None else generator
     count, points, features = clouds.shape
     gaussians = torch.randn(count, points + 1, draws, generator=draw, dtype=torch.float64)
@@ -176,7 +178,9 @@ def manifold_geometry(
     centers = clouds.mean(1, dtype=torch.float64) - middle
     shared = common_directions(centers - centers.mean(0), generator=draw, repeats=repeats, at_least=int(reference))
     directions = shared.directions if remove_common else shared.directions[:, :0]
-    frames = torch.stack([_frame(cloud.double() - middle, directions) for cloud in clouds])
+    rounding = torch.finfo(clouds.dtype).eps * math.sqrt(features) * torch.linalg.vector_norm(clouds, math.inf).item()
+    frames = torch.stack([_frame(cloud.double() - middle, directions, rounding) for cloud in clouds])
+    _check_centers(frames)
     frames = _root(frames @ frames.mT) if features > points or not reference else frames.mT
     found = frame_geometry(frames, gaussians[:, -frames.shape[1] - 1 :].to(frames), kappa=kappa, reference=reference)
     return replace(
@@ -237,7 +241,7 @@ def frame_geometry(offsets: Tensor, draws: Tensor, *, kappa: float = 0.0, refere
         inverse = torch.where(is_spanned, 1 / values.clamp(min=_TINY), 0)[..., None]
         size, lengths = rank, ((vectors.mT @ transverse).square() * inverse).sum(1)
     lengths = (lengths * squares).sqrt()
-    cosines = torch.where(lengths > 0, (weights * transverse).sum(1) / lengths, 0)
+    cosines = torch.where((lengths > 0) & (rank > 0)[:, None], (weights * transverse).sum(1) / lengths, 0)
 
     capacity, cosine = 1 / taken.mean(1), cosines.mean(1)
     radius = torch.where(rank > 0, spread.mean(1).sqrt(), 0)
@@ -261,11 +265,15 @@ def _error(values: Tensor) -> Tensor:
     return values.std(1) / math.sqrt(values.shape[1])
 
 
-def _frame(cloud: Tensor, directions: Tensor) -> Tensor:
-    """Compute a cloud's offsets from its centre in units of the centre's norm, without some directions, ``(M, D)``."""
+def _frame(cloud: Tensor, directions: Tensor, rounding: float = 0.0) -> Tensor:
+    """Compute a cloud's offsets from its centre in units of the centre's norm, without some directions, ``(M, D)``.
+
+    NaN where that norm is no more than a rounding error.
+    """
     cloud = cloud - (cloud @ directions) @ directions.T
     center = cloud.mean(0)
-    return (cloud - center) / center.norm()
+    norm = center.norm()
+    return (cloud - center) / torch.where(norm > rounding, norm, torch.nan)
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -283,11 +291,7 @@ def _is_spanned(values: Tensor) -> Tensor:
 
 def _by_class(activations: Tensor, labels: Tensor) -> Tensor:
     """Sort examples by class, shape ``(P, M, D)``, after checking that they can be compared."""
-    if labels.shape != activations.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be int64 of shape ({len(activations)},), one an example, "
-            f"got {labels.dtype} {tuple(labels.shape)}"
-        )
+    flat = _flat(activations, labels)
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"labels must hold at least two classes, got {len(classes)}")
@@ -298,11 +302,20 @@ def _by_class(activations: Tensor, labels: Tensor) -> Tensor:
         )
     if counts[0] < 2:
         raise ValueError("labels must hold at least two examples of each class, got one")
-    flat = activations.flatten(1)
-    if not flat.isfinite().all():
-        raise ValueError("activations must be finite, got nan or infinity")
     flat = flat if flat.dtype == torch.float64 else flat.float()
     return flat[labels.to(flat.device).argsort(stable=True)].unflatten(0, (len(classes), -1))
+
+
+def _flat(activations: Tensor, labels: Tensor) -> Tensor:
+    """Give activations as rows without a history, shape ``(N, D)``, after checking that labels belong to them."""
+    if labels.shape != activations.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape ({len(activations)},), one an example, "
+            f"got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if not activations.isfinite().all():
+        raise ValueError("activations must be finite, got nan or infinity")
+    return activations.detach()[:, None].flatten(1)
 
 
 def _check_frames(offsets: Tensor, draws: Tensor, kappa: float) -> None:
@@ -314,6 +327,10 @@ def _check_frames(offsets: Tensor, draws: Tensor, kappa: float) -> None:
         raise ValueError(f"draws must be at least 2, for an error to be known, got {draws.shape[2]}")
     if not (math.isfinite(kappa) and kappa >= 0):
         raise ValueError(f"kappa must be at least 0, got {kappa}")
+    _check_centers(offsets)
+
+
+def _check_centers(offsets: Tensor) -> None:
     is_bad = ~offsets.isfinite().all(2).all(1)
     if is_bad.any():
         which = is_bad.nonzero()[:5, 0].tolist()
@@ -360,7 +377,8 @@ def simulated_capacity(
         The capacity, and every n that was tried.
 
     Raises:
-        ValueError: If there are less than two classes, or they cannot be separated with all features.
+        ValueError: If labels do not fit, a number is not finite, there are less than two classes, or they cannot be
+            separated with all features.
 
     Source:
         Cohen et al. (2020), Wakhloo et al. (2023): a linear programme in place of a quadratic one, which answers the
@@ -371,13 +389,15 @@ def simulated_capacity(
         >>> 1.4 < simulated_capacity(points, torch.arange(20), repeats=20).capacity < 2.6
         True
     """
-    classes, which = labels.unique(return_inverse=True)
+    points = _flat(activations, labels).double().cpu()
+    classes, which = labels.cpu().unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"labels must hold at least two classes, got {len(classes)}")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     draw = make_generator(0, "simulated capacity") if generator is None else generator
-    points, which = activations.flatten(1).double().cpu(), which.cpu()
+    points = points - points.mean(0)  # the programme's tolerances are absolute
+    points = points / points.abs().max()
     tried: dict[int, float] = {}
 
     def share(count: int) -> float:

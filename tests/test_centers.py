@@ -56,6 +56,14 @@ def test_the_mean_cosine_leaves_out_each_with_itself():
     assert mean_cosine(vectors[:1]) == 0
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e30])
+def test_the_scale_of_the_centres_does_not_matter(scale):
+    points, _ = planted(2)
+    plain, scaled = (common_directions(each, generator=generator(0, "start")) for each in (points, scale * points))
+    assert scaled.correlations == pytest.approx(plain.correlations, rel=1e-4)
+    assert scaled.directions.shape == plain.directions.shape
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_planted_directions_are_found(rank):
     points, common = planted(rank)

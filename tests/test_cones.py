@@ -141,6 +141,26 @@ def test_where_the_last_resort_stops_too_early_another_one_goes_on(monkeypatch):
     torch.testing.assert_close(squared_lengths(gram, found.coefficients), squared_lengths(gram, right.coefficients))
 
 
+@pytest.mark.parametrize("points", [50, 150])
+@pytest.mark.parametrize("radius", [1e-4, 1e-6])
+def test_classes_that_have_nearly_collapsed_are_projected_as_exactly(points, radius):
+    offsets = torch.randn(2, points + 5, points, generator=generator(0, "offsets"), dtype=torch.float64)
+    offsets = offsets - offsets.mean(2, keepdim=True)
+    offsets *= radius / offsets.norm(dim=1).mean()
+    gram, targets, *_ = problems(offsets, 20)
+    assert project(gram, targets).residual < 1e-10
+
+
+def test_few_matrices_are_in_memory_at_a_time_however_many_the_problems(monkeypatch):
+    gram, targets, *_ = problems(clouds(1, 20), 30)
+    expected = project(gram, targets).coefficients
+    counts, solve = [], cones._solve
+    monkeypatch.setattr(cones, "ENTRIES", 7 * 20**2)
+    monkeypatch.setattr(cones, "_solve", lambda gram, cone, *rest: counts.append(len(cone)) or solve(gram, cone, *rest))
+    torch.testing.assert_close(project(gram, targets).coefficients, expected)
+    assert max(counts) == 7
+
+
 def test_no_target_is_no_work():
     found = project(torch.eye(2, dtype=torch.float64)[None], torch.zeros(1, 2, 0, dtype=torch.float64))
     assert found.coefficients.shape == (1, 2, 0)

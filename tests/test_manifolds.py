@@ -263,6 +263,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
         manifold_geometry(activations / 0, labels)
     with pytest.raises(ValueError, match="draws must be at least 2"):
         manifold_geometry(activations, labels, draws=1)
+    with pytest.raises(ValueError, match="draws must be at least 2, for an error to be known, got -1"):
+        manifold_geometry(activations, labels, draws=-1)
     with pytest.raises(ValueError, match="kappa must be at least 0, got -1"):
         manifold_geometry(activations, labels, kappa=-1)
     with pytest.raises(ValueError, match="repeats must be at least 1"):
@@ -272,6 +274,38 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
     flat = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"each class must have a centre of its own, \[0, 1\] have theirs"):
         manifold_geometry(flat, torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0, 5])
+def test_a_centre_in_the_middle_up_to_rounding_is_no_centre(dtype, shift):
+    half = torch.randint(-3, 4, (3, 6, 30), generator=generator(0, "points")).double() / 3
+    half[2] = -half[1]  # so that the mean of all is that of the first class, which is symmetric
+    points = torch.cat([half, torch.cat([-half[:1], half[1:]])], 1).flatten(0, 1) + shift
+    labels = torch.arange(3).repeat_interleave(12)
+    with pytest.raises(ValueError, match=r"each class must have a centre of its own, \[0\] have theirs"):
+        manifold_geometry(points.to(dtype), labels)
+
+
+def test_a_class_that_has_collapsed_has_no_dimension_in_the_reference_either():
+    activations, labels = clouds(features=8)
+    activations[:12] = activations[0].clone()
+    found = manifold_geometry(activations, labels, reference=True)
+    assert (found.rank[0], found.radius[0], found.dimension[0]) == (0, 0, 0)
+
+
+def test_activations_may_have_one_number_each_and_a_history():
+    activations, labels = clouds(features=1)
+    expected = manifold_geometry(activations, labels).table()
+    found = manifold_geometry(activations[:, 0].requires_grad_(), labels).table()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_simulated_capacity_asks_for_neither_scale_nor_place():
+    points, labels = normal(10, 40), torch.arange(10)
+    plain = simulated_capacity(points, labels, repeats=10)
+    for other in (1e-12 * points, points.requires_grad_() + 1e3):
+        assert simulated_capacity(other, labels, repeats=10) == plain
 
 
 def test_a_balanced_choice_has_equally_many_of_each_class():
@@ -302,6 +336,10 @@ def test_what_no_plane_separates_has_no_simulated_capacity():
     points = torch.tensor([[-1.0], [1.0], [-0.5], [0.5]])
     with pytest.raises(ValueError, match=r"activations must be separable in all their 1 features, 0\.00 of"):
         simulated_capacity(points, torch.tensor([0, 0, 1, 1]), repeats=4)
+    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(4,\)"):
+        simulated_capacity(points, torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="activations must be finite"):
+        simulated_capacity(points / 0, torch.tensor([0, 0, 1, 1]))
     with pytest.raises(ValueError, match="labels must hold at least two classes"):
         simulated_capacity(points, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="repeats must be at least 1"):
