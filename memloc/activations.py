@@ -120,7 +120,7 @@ def _activations(reader: "_Reader", sizes: dict[str, int], projected: int | None
     images = reader.images
     widths = {name: _kept(size, projected) for name, size in sizes.items()}
     found = {name: images.new_zeros(len(images), width, dtype=torch.float32) for name, width in widths.items()}
-    rows = (MEMORY_BYTES // 4 - len(images) * sum(widths.values())) // sum(sizes.values())
+    rows = (MEMORY_BYTES // 4 - len(images) * sum(widths.values())) // max(1, sum(sizes.values()))
     rows = max(rows - rows % reader.batch_size, reader.batch_size)
     for start in range(0, len(images), rows):
         portion = slice(start, start + rows)
@@ -185,6 +185,10 @@ class _Reader:
         def keep(name: str, output: object) -> None:
             if name not in waiting or not isinstance(output, Tensor):
                 raise ValueError(f"layers must return one tensor in every forward pass, {name!r} does so only in some")
+            if len(output) != len(waiting[name]):
+                raise ValueError(
+                    f"layers must return a row for each image, {name!r} gives {len(output)} for {len(waiting[name])}"
+                )
             # Copied at once, because the next layer may write into it.
             waiting.pop(name).copy_(output.reshape(len(output), -1))
             if not waiting:

@@ -124,7 +124,7 @@ def gradient_parts(
         sums = [{name: torch.zeros_like(p).detach().double() for name, p in parameters.items()} for _ in range(2)]
         for batch, own in zip(images.tensor_split(count), labels.tensor_split(count), strict=True):
             with autocast(batch.device, precision):
-                logits = _run(model, parameters | buffers, batch.contiguous(memory_format=memory_format))
+                logits = _run(model, parameters | buffers, batch.clone(memory_format=memory_format))
             _check_logits(logits, own)
             _add_gradients(sums, parameters, logits, _slopes(logits.detach(), own, centered))
         # Divided at the end, because fp16 loses gradients that are small.
@@ -186,10 +186,11 @@ def covariance_norm(features: Tensor, labels: Tensor, num_classes: int) -> float
         0.7071067811865476
     """
     _check_features(features)
-    if labels.shape != features.shape[:1] or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        expected = f"({len(features)},) with values from 0 to {num_classes - 1}"
-        got = f"{tuple(labels.shape)} with values from {int(labels.min())} to {int(labels.max())}"
-        raise ValueError(f"labels must have shape {expected}, got {got}")
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        expected = f"int64 of shape ({len(features)},)"
+        raise ValueError(f"labels must be {expected}, got {labels.dtype} {tuple(labels.shape)}")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
     indicators = F.one_hot(labels, num_classes).double()
     centred = features.double() - features.double().mean(0)
     return float((indicators.T @ centred / len(features)).norm())

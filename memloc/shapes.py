@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 __all__ = ["ClosedForm", "ball", "simplex", "sphere_points"]
 
-_LENGTHS = np.linspace(0, 12, 401)[:, None]  # of a Gaussian vector's part in the ball's own directions
 _HEIGHTS = np.linspace(-12, 12, 2401)[None]  # of its part along the centre
 
 
@@ -63,7 +62,8 @@ def ball(radius: float, dimension: int, kappa: float = 0.0) -> ClosedForm:
     if radius == 0:
         taken = (1 + kappa**2) * norm.cdf(kappa) + kappa * norm.pdf(kappa)
         return ClosedForm(float(1 / taken), 0.0, 0.0)
-    r, x = _LENGTHS, _HEIGHTS + kappa
+    middle = math.sqrt(dimension)
+    r, x = np.linspace(max(0, middle - 6), middle + 12, 601)[:, None], _HEIGHTS + kappa
     touches, is_far = x > -radius * r, x > r / radius
     taken = np.where(is_far, r**2 + x**2, touches * (radius * r + x) ** 2 / (1 + radius**2))
     extent = np.where(is_far, (r / np.where(is_far, x, 1)) ** 2, radius**2)

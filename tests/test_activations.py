@@ -315,6 +315,37 @@ def test_a_layer_that_is_called_only_in_some_passes_is_refused():
         dict(features(Odd(), torch.ones(3, 4), ["sometimes"]))
 
 
+class Constant(nn.Module):
+    """Returns the same row whatever the images, as an embedding of positions does."""
+
+    def forward(self, images):
+        return torch.ones(1, 5)
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.constant, self.linear = Constant(), nn.Linear(5, 2)
+
+    def forward(self, images):
+        return self.linear(images + self.constant(images))
+
+
+def test_a_layer_without_a_row_for_each_image_is_refused():
+    with pytest.raises(ValueError, match="layers must return a row for each image, 'constant' gives 1 for 3"):
+        dict(features(Adds(), torch.ones(3, 5), ["constant"]))
+
+
+class Nothing(nn.Module):
+    def forward(self, images):
+        return images[:, :0]
+
+
+def test_a_layer_without_features_has_none():
+    found = dict(features(nn.Sequential(Nothing()), torch.ones(3, 4), ["0"]))
+    assert found["0"].shape == (3, 0)
+
+
 def test_a_module_called_input_is_not_mistaken_for_the_images():
     model = nn.Sequential()
     model.add_module("input", nn.Linear(4, 2))

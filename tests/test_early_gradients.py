@@ -335,10 +335,27 @@ def test_the_prediction_is_the_mean_square_over_all_labels():
         (lambda: permuted_norm(torch.zeros(3), 2, 1), r"features must have shape \(N, D\) .*, got \(3,\)"),
         (lambda: permuted_norm(torch.zeros(0, 3), 2, 1), r"features must have shape \(N, D\) .*, got \(0, 3\)"),
         (lambda: permuted_norm(torch.zeros(3, 1), 2, 0), "num_classes and examples must be at least 1, got 2 and 0"),
-        (lambda: covariance_norm(torch.zeros(2, 1), torch.tensor([0, 2]), 2), r"labels must have shape \(2,\) with"),
-        (lambda: covariance_norm(torch.zeros(2, 1), torch.tensor([0]), 2), r"labels must have .*, got \(1,\)"),
+        (lambda: covariance_norm(torch.zeros(2, 1), torch.tensor([0, 2]), 2), "labels must be from 0 to 1, got 0 to 2"),
+        (
+            lambda: covariance_norm(torch.zeros(2, 1), torch.tensor([0]), 2),
+            r"labels must be int64 of shape \(2,\), got torch.int64 \(1,\)",
+        ),
     ],
 )
 def test_features_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_network_that_works_in_place_does_not_overwrite_the_images():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2))
+    images = torch.randn(5, 6, generator=generator(0, "images"))
+    before = images.clone()
+    gradient_parts(model, images, torch.tensor([0, 1, 0, 1, 1]))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 0], dtype=torch.int32), torch.tensor([], dtype=torch.int64)])
+def test_labels_of_another_kind_or_number_have_no_covariance(labels):
+    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(3,\)"):
+        covariance_norm(torch.ones(3, 2), labels, 2)

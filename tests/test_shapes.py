@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
@@ -28,6 +29,14 @@ def test_larger_balls_of_more_dimensions_and_margins_are_harder_to_separate():
     for easy, hard in ((ball(0.3, 3), ball(0.6, 3)), (ball(0.3, 3), ball(0.3, 9)), (ball(0.3, 3), ball(0.3, 3, 0.5))):
         assert easy.capacity > 1.05 * hard.capacity
     assert ball(50, 4).capacity == pytest.approx(1 / 4.5, rel=0.05)  # all of its directions and half of the height
+
+
+@pytest.mark.parametrize("dimension", [20, 150, 1000])
+def test_balls_of_many_dimensions_are_averages_over_gaussians(dimension):
+    draw = np.random.default_rng(0)
+    r, x = np.sqrt(draw.chisquare(dimension, 100_000)), draw.standard_normal(100_000)
+    taken = np.where(x > r / 0.5, r**2 + x**2, np.maximum(0.5 * r + x, 0) ** 2 / 1.25)
+    assert ball(0.5, dimension).capacity == pytest.approx(1 / taken.mean(), rel=0.01)
 
 
 def test_a_simplex_is_the_floor_for_so_many_points():
