@@ -95,7 +95,8 @@ def predict(
     with torch.no_grad(), evaluation_mode(model), autocast(images.device, precision):
         for batch, own in zip(images.split(batch_size), whose.split(batch_size), strict=True):
             with dropout.examples(model, own, mode):
-                logits.append(model(batch.contiguous(memory_format=memory_format)).float())
+                # Copied, because a network may write into its images.
+                logits.append(model(batch.clone(memory_format=memory_format)).float())
     return torch.cat(logits)
 
 

@@ -101,3 +101,11 @@ def test_low_precision_is_close_to_full_precision_and_answers_in_float32(tiny, p
 def test_an_unknown_precision_is_refused_by_name(tiny):
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'int4'"):
         evaluation.predict(models.mlp(64), tiny.train.images, precision="int4")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_network_that_writes_into_its_images_leaves_the_callers_as_they_were(channels_last):
+    images = torch.randn(6, 1, 2, 2)
+    before = images.clone()
+    evaluation.predict(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()), images, channels_last=channels_last)
+    assert images.equal(before)
