@@ -189,7 +189,7 @@ def group_counts(groups: Tensor, num_groups: int) -> Tensor:
     """
     if not ((groups >= 0) & (groups < num_groups)).all():
         found = f"{groups.amin().item()} to {groups.amax().item()}"
-        raise ValueError(f"groups must be from 0 to {num_groups - 1}, got {found}: num_groups counts the empty ones too")
+        raise ValueError(f"groups must be from 0 to {num_groups - 1}, got {found}: count the empty ones too")
     return groups.bincount(minlength=num_groups)
 
 
