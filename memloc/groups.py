@@ -31,9 +31,6 @@ class GroupedSplit(Split):
         attributes: The attribute ``a`` of each example. Int64, shape ``(N,)``, from 0 to ``A - 1``.
         num_attributes: The number ``A`` of values that the attribute can have.
 
-    Raises:
-        ValueError: If the attributes do not fit the examples.
-
     Example:
         >>> split = grouped(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
         >>> split.groups
@@ -42,15 +39,6 @@ class GroupedSplit(Split):
 
     attributes: Tensor
     num_attributes: int
-
-    def __post_init__(self) -> None:
-        found = self.attributes
-        if found.dtype != torch.int64 or found.shape != (len(self),):
-            expected = f"int64 ({len(self)},), one per example"
-            raise ValueError(f"attributes must be {expected}, got {found.dtype} {tuple(found.shape)}")
-        if not ((found >= 0) & (found < self.num_attributes)).all():
-            values = f"{found.amin().item()} to {found.amax().item()}"
-            raise ValueError(f"attributes must be from 0 to {self.num_attributes - 1}, got {values}")
 
     def __repr__(self) -> str:
         return f"Grouped{super().__repr__()[:-1]}, {self.num_attributes} attributes)"
@@ -163,10 +151,13 @@ def grouped(
         GroupedSplit(images (2, 1, 8, 8), 1 noisy, on cpu, 2 attributes)
     """
     true = labels.clone() if true_labels is None else true_labels
-    for name, found in (("labels", labels), ("true_labels", true)):
+    for name, found in (("labels", labels), ("true_labels", true), ("attributes", attributes)):
         if found.dtype != torch.int64 or found.shape != (len(images),):
             expected = f"int64 ({len(images)},), one per image"
             raise ValueError(f"{name} must be {expected}, got {found.dtype} {tuple(found.shape)}")
+    if not ((attributes >= 0) & (attributes < num_attributes)).all():
+        values = f"{attributes.amin().item()} to {attributes.amax().item()}"
+        raise ValueError(f"attributes must be from 0 to {num_attributes - 1}, got {values}")
     return GroupedSplit(images, labels, true, labels != true, attributes, num_attributes)
 
 
