@@ -65,6 +65,11 @@ def waterbirds(
     Source:
         Sagawa et al. (2020). Training groups are 3,498, 184, 56 and 1,057. Usually the images are resized to 256
         pixels, whatever their shape, before their central 224 are taken; here the central square is.
+
+    Example:
+        >>> waterbirds("nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere/waterbird_complete95_forest2water2/metadata.csv is missing: download https:...
     """
     path = _find(root, _WATERBIRDS_PLACES, ("metadata.csv",), _GET_WATERBIRDS)
     table = _columns(path, _read_table(path), ("img_filename", "y", "place", "split"))
@@ -113,6 +118,11 @@ def celeba(
     Source:
         Liu et al. (2015); blond hair and gender are the choice of Sagawa et al. (2020), whose training groups are
         71,629, 66,874, 22,880 and 1,387.
+
+    Example:
+        >>> celeba("nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere/celeba/list_attr_celeba.txt is missing: download the aligned images, ...
     """
     path = _find(root, _CELEBA_PLACES, ("list_attr_celeba.txt", "list_attr_celeba.csv"), _GET_CELEBA)
     partition_path = path.with_name(f"list_eval_partition{path.suffix}")
@@ -219,8 +229,8 @@ def _square(path: Path, size: int) -> np.ndarray:
         with Image.open(path) as image:
             side = min(image.size)
             left, top = ((length - side) // 2 for length in image.size)
-            box = (left, top, left + side, top + side)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box))
+            square = image.convert("RGB").crop((left, top, left + side, top + side))
+            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing though its table names it: unpack the images again") from None
     except OSError as error:  # what is no image is an OSError too

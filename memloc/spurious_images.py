@@ -185,7 +185,7 @@ def digits_on_photographs(
         rng = generator(seed, "digits on photographs", split)
         labels = (digits < 5).long()
         attributes = correlated_attributes(labels, correlation if split == "train" else 0.5, rng)
-        painted = torch.empty(len(images), 3, size, size)  # photographs first
+        painted = torch.empty(len(images), 3, size, size)
         for kind, pool in enumerate(kinds[split]):
             chosen = (attributes == kind).nonzero()[:, 0]
             painted[chosen] = _cut_outs(pool, len(chosen), size, rng) / 2 - 0.5
