@@ -195,7 +195,7 @@ def _read(
         rows = table[table["split"] == number].iloc[:examples]
         if rows.empty:
             raise ValueError(f"{path} must have {title} images (split {number}), got none: unpack it again")
-        images = _decode([folder / file for file in rows["file"]], size, encode, device)
+        images = _decode([folder / str(file) for file in rows["file"]], size, encode, device)
         labels, attributes = (torch.tensor(rows[name].tolist(), device=device) for name in ("label", "attribute"))
         splits.append(grouped(images, labels, attributes))
     train, test, validation = splits

@@ -226,9 +226,9 @@ def simulated(repetitions, noise, **changes):
     found = []
     for seed in range(repetitions):
         data = gaussian_toy(noise, seed=seed, **changes)
-        x, y = data.train.images.double(), (2 * data.train.labels - 1).double()
-        weights = x.T @ torch.linalg.solve(x @ x.T, y)
-        predictions = (data.test.images.double() @ weights > 0).long()
+        x, y = data.train.images, (2 * data.train.labels - 1).double()
+        weights = x.T @ torch.linalg.solve((x @ x.T).double(), y).float()
+        predictions = (data.test.images @ weights > 0).long()
         found.append(group_accuracies(predictions, data.test.labels, minority(data.test), 2))
     return torch.stack(found).mean(0)
 
