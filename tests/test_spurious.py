@@ -203,6 +203,17 @@ def test_without_noise_and_spread_the_spurious_feature_is_not_used():
     assert (found.majority_accuracy, found.minority_accuracy) == (1.0, 1.0)
 
 
+def test_without_noise_it_is_the_ordinary_fit_on_two_features():
+    found = least_squares(0.0, spread=0.7, gamma=2.0)
+    data = gaussian_toy(0.0, seed=0, spread=0.7, gamma=2.0, dimensions=0, examples=200_000, test_examples=20_000)
+    target = 1.0 - 2 * data.train.labels
+    weights = torch.linalg.lstsq(data.train.images, target[:, None]).solution[:, 0]
+    assert weights.tolist() == pytest.approx([found.core_weight, found.spurious_weight], abs=0.01)
+    predictions = (data.test.images @ weights < 0).long()
+    shares = group_accuracies(predictions, data.test.labels, minority(data.test), 2).tolist()
+    assert shares == pytest.approx([found.majority_accuracy, found.minority_accuracy], abs=0.015)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
