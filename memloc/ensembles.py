@@ -1,0 +1,237 @@
+"""Train many small networks at once, and choose their checkpoints by the accuracy of the worst group."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, take
+from memloc.randomness import generator
+
+__all__ = ["Grouped", "Training", "train_copies"]
+
+_CHUNK = 64  # steps whose random numbers are drawn together
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """Examples with labels and groups, shared by all copies or one set for each of S copies.
+
+    Attributes:
+        features: Float32, shape ``(N, D)``, or ``(S, N, D)`` for a set of its own for each copy.
+        labels: Int64, shape ``(N,)`` or ``(S, N)``, from 0 to ``K - 1``.
+        groups: The group that each example is counted in, e.g. ``2·label + attribute``. Int64, shape ``(N,)`` or
+            ``(S, N)``.
+
+    Raises:
+        ValueError: If the shapes do not fit, or labels or groups are not int64 from 0.
+
+    Example:
+        >>> len(Grouped(torch.zeros(3, 5), torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3])))
+        3
+    """
+
+    features: Tensor
+    labels: Tensor
+    groups: Tensor
+
+    def __post_init__(self) -> None:
+        check_examples(self.features, self.labels)
+        check_examples(self.features, self.groups, name="groups")
+
+    def __len__(self) -> int:
+        return self.features.shape[-2]
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Copies after their training, and what they predicted during it.
+
+    Attributes:
+        copies: As they were after the last step.
+        steps: After how many steps they were evaluated, from 0. Int64, shape ``(T,)``.
+        predictions: Of each watched split, the predicted class at each evaluation. Int16, shape ``(T, S, N)``.
+        watched: The splits.
+        seconds: Of all copies together, evaluation included.
+    """
+
+    copies: Copies
+    steps: Tensor
+    predictions: dict[str, Tensor]
+    watched: dict[str, Grouped]
+    seconds: float
+
+    def accuracies(self, split: str, groups: Tensor | None = None) -> Tensor:
+        """Compute the accuracy of each group at each evaluation.
+
+        Args:
+            split: A name in ``watched``.
+            groups: Other groups than the split's own, e.g. inferred ones, of the same shapes.
+
+        Returns:
+            Fractions, shape ``(T, S, G)``; NaN for a group without examples.
+        """
+        data = self.watched[split] if groups is None else replace(self.watched[split], groups=groups)
+        right = (self.predictions[split] == data.labels).float()
+        groups = data.groups.expand_as(right)
+        return sum_by(groups, right) / sum_by(groups, torch.ones_like(right))
+
+    def average_accuracy(self, split: str) -> Tensor:
+        """Compute the share of examples that are right at each evaluation, shape ``(T, S)``."""
+        return (self.predictions[split] == self.watched[split].labels).float().mean(2)
+
+    def worst_group_accuracy(self, split: str, groups: Tensor | None = None) -> Tensor:
+        """Compute the least accuracy of a group that has examples, at each evaluation, shape ``(T, S)``."""
+        return self.accuracies(split, groups).nan_to_num(nan=math.inf).amin(2)
+
+    def selected(self, split: str, groups: Tensor | None = None) -> Tensor:
+        """Choose the evaluation with the best worst-group accuracy for each copy; of equals, the last.
+
+        Args:
+            split: A name in ``watched``, not the one that the chosen copies are judged by.
+            groups: Other groups than the split's own: with inferred ones nobody has to know the attributes.
+
+        Returns:
+            Positions in ``steps``. Int64, shape ``(S,)``.
+        """
+        scores = self.worst_group_accuracy(split, groups)
+        return len(scores) - 1 - scores.flip(0).argmax(0)
+
+    def table(self) -> pd.DataFrame:
+        """Return one row for each split, evaluation, copy and group: its accuracy, a fraction."""
+        tables = []
+        for split in self.watched:
+            found = self.accuracies(split).cpu()
+            index = pd.MultiIndex.from_product(
+                [self.steps.tolist(), range(found.shape[1]), range(found.shape[2])], names=["step", "copy", "group"]
+            )
+            tables.append(pd.DataFrame({"split": split, "accuracy": found.flatten().numpy()}, index).reset_index())
+        return pd.concat(tables, ignore_index=True)
+
+
+def train_copies(
+    copies: Copies,
+    train: Grouped,
+    descent: Descent,
+    *,
+    weights: Tensor | None = None,
+    shift: Tensor | None = None,
+    group_rate: float | None = None,
+    watch: Mapping[str, Grouped] | None = None,
+) -> Training:
+    """Train all copies at once with cross-entropy, weighted by example or by group.
+
+    Each copy is trained as if it were alone: results do not depend on the others, up to rounding.
+
+    Args:
+        copies: The networks before; they stay as they are.
+        train: What to train on; its groups matter for ``group_rate`` alone.
+        descent: How.
+        weights: How much each example counts. In full batches a factor; in minibatches the probability to be drawn,
+            with replacement. None counts all alike. Shape ``(N,)`` or ``(S, N)``, in any unit.
+        shift: Added to the logits of each example during training alone (:func:`memloc.mat.logit_shift`). Shape
+            ``(N, K)`` or ``(S, N, K)``.
+        group_rate: Step size η of GroupDRO: group g counts q_g, and after each batch q_g grows by the factor
+            exp(η · mean loss of the group in the batch). None for none; 0 counts all groups alike.
+        watch: Splits to evaluate, by name.
+
+    Returns:
+        The trained copies and what they predicted.
+
+    Raises:
+        ValueError: If shapes do not fit, or weights are negative or all 0 for a copy.
+
+    Source:
+        GroupDRO: Sagawa et al. (2020), algorithm 1, with the mean loss of each group that is in the batch. The
+        evaluation after every so many steps follows the reference code of Bayat et al. (2025). Weights by sampling in
+        minibatches and by factors in full batches are ours; the expected gradient is the same.
+
+    Example:
+        >>> features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+        >>> labels = (features[:, 0] > 0).long()
+        >>> data = Grouped(features, labels, labels)
+        >>> from memloc.copies import make_copies
+        >>> copies = make_copies(5, 2, seeds=[0, 1], zero=True)
+        >>> found = train_copies(copies, data, Descent(steps=100, learning_rate=(0.1, 1.0)), watch={"train": data})
+        >>> found.worst_group_accuracy("train")[-1] > 0.9
+        tensor([True, True])
+    """
+    share = _shares(copies, train, weights, shift)
+    watched = dict(watch or {})
+    start, copies = time.perf_counter(), copies.clone()
+    optimizer = Optimizer(copies.parameters, descent)
+    labels, groups = (each.expand(len(copies), -1) for each in (train.labels, train.groups))
+    priority = normalize((sum_by(groups, torch.ones_like(share)) > 0).float(), 1, 1)
+    evaluated = {0: _predict(copies, watched)}
+    for step, indices in enumerate(_drawn(share, descent, copies.seeds), 1):
+        logits = copies(take(train.features, indices, 2))
+        if shift is not None:
+            logits = logits + take(shift, indices, 2)
+        losses = cross_entropies(logits, take(labels, indices, 1))
+        factors = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
+        if group_rate is not None:
+            priority, factors = prioritise(priority, losses.detach(), take(groups, indices, 1), group_rate)
+        optimizer.step((losses * factors).sum())
+        if step % descent.every == 0 or step == descent.steps:
+            evaluated[step] = _predict(copies, watched)
+    predictions = {name: torch.stack([found[name] for found in evaluated.values()]) for name in watched}
+    return Training(
+        copies=copies.clone(),
+        steps=torch.tensor(list(evaluated)),
+        predictions=predictions,
+        watched=watched,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def sum_by(groups: Tensor, values: Tensor, count: int | None = None) -> Tensor:
+    """Add up the values of each group, shape ``(…, N)`` to ``(…, G)``."""
+    sums = values.new_zeros(*groups.shape[:-1], int(groups.max()) + 1 if count is None else count)
+    return sums.scatter_add(-1, groups, values)
+
+
+def prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Move GroupDRO's weights of groups, ``(S, G)``, and give the factor of each example, ``(S, B)``."""
+    count = sum_by(groups, torch.ones_like(losses), priority.shape[1])
+    mean = sum_by(groups, losses, priority.shape[1]) / count.clamp(min=1)
+    priority = normalize(priority * (rate * mean).exp(), 1, 1)
+    return priority, (priority / count.clamp(min=1)).gather(1, groups)
+
+
+def _predict(copies: Copies, watched: Mapping[str, Grouped]) -> dict[str, Tensor]:
+    """Predict the class of every watched example."""
+    return {name: copies.logits(split.features).argmax(2).to(torch.int16) for name, split in watched.items()}
+
+
+def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Check what belongs to the examples, and give weights that add up to 1 for each copy, shape ``(S, N)``."""
+    size = len(train)
+    for name, values, shape in (("weights", weights, (size,)), ("shift", shift, (size, copies.weights[-1].shape[1]))):
+        if values is not None and values.shape not in (shape, (len(copies), *shape)):
+            got = tuple(values.shape)
+            raise ValueError(f"{name} must have shape {shape} or {(len(copies), *shape)}, got {got}")
+    share = torch.ones(size, device=train.features.device) if weights is None else weights.float()
+    share = share.expand(len(copies), size)
+    if (share < 0).any() or not (share.sum(1) > 0).all():
+        raise ValueError("weights must be at least 0 and above 0 for an example of every copy: some are not")
+    return normalize(share, 1, 1)
+
+
+def _drawn(share: Tensor, descent: Descent, seeds: Sequence[int]) -> Iterator[Tensor | None]:
+    """Draw the examples of each step for each copy, shape ``(S, B)``; None for all of them."""
+    if descent.batch_size is None:
+        yield from [None] * descent.steps
+        return
+    size, draws = descent.batch_size, [generator(seed, "batches") for seed in seeds]
+    for first in range(0, descent.steps, _CHUNK):
+        steps = min(_CHUNK, descent.steps - first)
+        rows = [
+            each.multinomial(steps * size, replacement=True, generator=draw)
+            for each, draw in zip(share.cpu(), draws, strict=True)
+        ]
+        yield from torch.stack(rows).to(share.device).unflatten(1, (steps, size)).unbind(1)
