@@ -12,7 +12,18 @@ from torch.nn import functional as F
 from memloc.randomness import seeded
 from memloc.recipes import check_one_of
 
-__all__ = ["OPTIMIZERS", "Copies", "Descent", "Optimizer", "check_examples", "cross_entropies", "make_copies", "take"]
+__all__ = [
+    "OPTIMIZERS",
+    "Copies",
+    "Descent",
+    "Optimizer",
+    "balancing_weights",
+    "check_examples",
+    "cross_entropies",
+    "make_copies",
+    "sum_by",
+    "take",
+]
 
 OPTIMIZERS = ("sgd", "adam")
 
@@ -38,9 +49,12 @@ class Copies:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def clone(self) -> "Copies":
-        """Copy the parameters, as leaves that can be trained."""
-        weights, biases = (tuple(p.detach().clone().requires_grad_() for p in ps) for ps in (self.weights, self.biases))
+    def clone(self, trainable: bool = False) -> "Copies":
+        """Copy the parameters, as leaves that can be trained or as plain tensors."""
+        weights, biases = (
+            tuple(each.detach().clone().requires_grad_(trainable) for each in parameters)
+            for parameters in (self.weights, self.biases)
+        )
         return replace(self, weights=weights, biases=biases)
 
     @property
@@ -48,39 +62,41 @@ class Copies:
         """All weights, then all biases."""
         return self.weights + self.biases
 
-    def hidden(self, features: Tensor) -> Tensor:
-        """Compute what the last layer sees.
+    def __call__(self, features: Tensor) -> Tensor:
+        """Compute logits.
 
         Args:
             features: Shape ``(N, D)``, or ``(F, N, D)`` for F sets of which each serves S / F copies in a row.
 
         Returns:
-            Shape ``(S, N, H)``; the features themselves, unchanged, for linear networks.
+            Shape ``(S, N, K)``.
         """
-        for layer in range(len(self.weights) - 1):
-            features = self.activation(self._linear(layer, features))
-        return features
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Compute logits, shape ``(S, N, K)``, of features as :meth:`hidden` takes them."""
-        return self._linear(len(self.weights) - 1, self.hidden(features))
-
-    def _linear(self, layer: int, features: Tensor) -> Tensor:
-        """Apply one layer; copies that share their inputs are one matrix product."""
-        weight = self.weights[layer]
-        copies, outputs, inputs = weight.shape
-        if features.ndim == 2:
-            products = features @ weight.view(copies * outputs, inputs).T
-        else:
-            products = features @ weight.view(len(features), -1, inputs).mT
-        sets = 1 if features.ndim == 2 else len(features)
-        products = products.view(sets, -1, copies // sets, outputs).transpose(1, 2).flatten(0, 1)
-        return products + self.biases[layer][:, None] if self.biases else products
+        return self._run(features, len(self.weights))
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """Compute logits without gradients, a thousand examples at a time, shape ``(S, N, K)``."""
         return torch.cat([self(part) for part in features.split(_EVALUATED, -2)], 1)
+
+    @torch.no_grad()
+    def hidden(self, features: Tensor) -> Tensor:
+        """Compute what the last layer sees, shape ``(S, N, H)``; for linear networks the features as they are."""
+        parts = features.split(_EVALUATED, -2)
+        return torch.cat([self._run(part, len(self.weights) - 1) for part in parts], -2)
+
+    def _run(self, features: Tensor, layers: int) -> Tensor:
+        """Apply the first layers; examples come last, so that copies that share inputs are one matrix product."""
+        values = features.mT
+        for layer, weight in enumerate(self.weights[:layers]):
+            if layer:
+                values = self.activation(values)
+            copies, outputs, inputs = weight.shape
+            sets = () if values.ndim == 2 else (len(values),)
+            values = (weight.view(*sets, -1, inputs) @ values).view(copies, outputs, -1)
+            if self.biases:
+                values = values + self.biases[layer][..., None]
+        is_cut = 0 < layers < len(self.weights)
+        return (self.activation(values) if is_cut else values).mT
 
     def state(self, copy: int) -> dict[str, Tensor]:
         """Return the parameters of one copy under the names of a plain ``nn.Sequential``, e.g. ``0.weight``.
@@ -242,7 +258,44 @@ def take(values: Tensor, indices: Tensor | None, shared: int) -> Tensor:
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy of each example of each copy, shape ``(S, B)``."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return F.cross_entropy(logits.mT, labels, reduction="none")
+
+
+def sum_by(groups: Tensor, values: Tensor, count: int | None = None) -> Tensor:
+    """Add up the values of each group.
+
+    Args:
+        groups: Int64 from 0, shape ``(…, N)``.
+        values: Shape ``(…, N)``.
+        count: How many groups there are (G); None takes those that occur.
+
+    Returns:
+        Shape ``(…, G)``.
+
+    Example:
+        >>> sum_by(torch.tensor([0, 2, 0]), torch.tensor([1.0, 2.0, 3.0]))
+        tensor([4., 0., 2.])
+    """
+    sums = values.new_zeros(*groups.shape[:-1], int(groups.max()) + 1 if count is None else count)
+    return sums.scatter_add(-1, groups, values)
+
+
+def balancing_weights(groups: Tensor, count: int | None = None) -> Tensor:
+    """Weigh examples so that every group counts alike: one over the number of examples in the same group.
+
+    Args:
+        groups: Or labels, to balance classes. Int64 from 0, shape ``(…, N)``.
+        count: How many groups there are (G); None takes those that occur.
+
+    Returns:
+        Weights whose sum is the number of groups that have examples. Float32, shape ``(…, N)``.
+
+    Example:
+        >>> balancing_weights(torch.tensor([0, 1, 1, 0, 0]))
+        tensor([0.3333, 0.5000, 0.5000, 0.3333, 0.3333])
+    """
+    counts = sum_by(groups, torch.ones(groups.shape, device=groups.device), count)
+    return (1 / counts).gather(-1, groups)
 
 
 def check_examples(features: Tensor, labels: Tensor, copies: int | None = None, name: str = "labels") -> None:

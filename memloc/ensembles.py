@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, take
+from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, sum_by, take
 from memloc.randomness import generator
 
 __all__ = ["Grouped", "Training", "train_copies"]
@@ -163,7 +163,7 @@ def train_copies(
     """
     share = _shares(copies, train, weights, shift)
     watched = dict(watch or {})
-    start, copies = time.perf_counter(), copies.clone()
+    start, copies = time.perf_counter(), copies.clone(trainable=True)
     optimizer = Optimizer(copies.parameters, descent)
     labels, groups = (each.expand(len(copies), -1) for each in (train.labels, train.groups))
     priority = normalize((sum_by(groups, torch.ones_like(share)) > 0).float(), 1, 1)
@@ -187,12 +187,6 @@ def train_copies(
         watched=watched,
         seconds=time.perf_counter() - start,
     )
-
-
-def sum_by(groups: Tensor, values: Tensor, count: int | None = None) -> Tensor:
-    """Add up the values of each group, shape ``(…, N)`` to ``(…, G)``."""
-    sums = values.new_zeros(*groups.shape[:-1], int(groups.max()) + 1 if count is None else count)
-    return sums.scatter_add(-1, groups, values)
 
 
 def prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, make_copies, take
+from memloc.copies import (
+    Copies,
+    Descent,
+    Optimizer,
+    balancing_weights,
+    check_examples,
+    cross_entropies,
+    make_copies,
+    take,
+)
 from memloc.randomness import derive, generator
 
-__all__ = ["Twins", "class_balanced", "flip_probability", "train_twins"]
+__all__ = ["Twins", "flip_probability", "train_twins"]
 
 _DRAWN = 1 << 16  # random numbers for flips that are drawn together, a pair
 
@@ -86,37 +95,15 @@ class Twins:
         )
 
 
-def class_balanced(labels: Tensor, classes: int) -> Tensor:
-    """Weigh examples so that their sum of losses is the sum over classes of the mean loss of each.
-
-    Args:
-        labels: Int64, shape ``(…, N)``.
-        classes: How many there are (K).
-
-    Returns:
-        One over the examples with the same label. Float32, shape ``(…, N)``.
-
-    Source:
-        Pezeshki et al. (2024): a batch of one class has half the weight of one with two.
-
-    Example:
-        >>> class_balanced(torch.tensor([0, 1, 1, 0, 0]), 2)
-        tensor([0.3333, 0.5000, 0.5000, 0.3333, 0.3333])
-    """
-    count = torch.zeros(*labels.shape[:-1], classes, device=labels.device)
-    count = count.scatter_add(-1, labels, torch.ones(labels.shape, device=labels.device))
-    return (1 / count).gather(-1, labels)
-
-
 def flip_probability(held_out: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the probability that an example takes over the class that its held-out twin predicts.
 
     Args:
-        held_out: Logits of the twin that is not trained on the example, shape ``(…, K)``.
+        held_out: Logits of the twin that is not trained on the example, shape ``(…, N, K)``.
 
     Returns:
         Probability, ``(p - 1/K)·K/(K - 1)`` for the predicted class's share p, from 0 for a twin that knows nothing to
-        1 for one that is sure, and that class; both of shape ``(…,)``.
+        1 for one that is sure, and that class; both of shape ``(…, N)``.
 
     Source:
         Pezeshki et al. (2024).
@@ -126,7 +113,7 @@ def flip_probability(held_out: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([0., 1.]), tensor([0, 1]))
     """
     classes = held_out.shape[-1]
-    most, predicted = held_out.softmax(-1).max(-1)
+    most, predicted = held_out.mT.softmax(-2).max(-2)  # as networks lay them out, many times faster
     return (most - 1 / classes) * classes / (classes - 1), predicted
 
 
@@ -203,14 +190,14 @@ def train_twins(
         bias=bias,
         zero=not hidden if zero is None else zero,
         device=features.device,
-    ).clone()
+    ).clone(trainable=True)
     rates = descent.rates(pairs)
     optimizer = Optimizer(networks.parameters, replace(descent, learning_rate=rates.repeat_interleave(2).tolist()))
     flipped = labels.clone()
     for step, (indices, uniform) in zip(range(descent.steps), _visits(seeds, labels, descent), strict=False):
         target = take(flipped, indices, 1)
         held_in, held_out = _by_half(networks(take(features, indices, 2)), take(half, indices, 1))
-        weights = class_balanced(target, classes) if balanced else 1 / target.shape[1]
+        weights = balancing_weights(target, classes) if balanced else 1 / target.shape[1]
         optimizer.step((cross_entropies(held_in, target) * weights).sum())
         if recorded is False:
             continue
