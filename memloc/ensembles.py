@@ -110,7 +110,9 @@ class Training:
             index = pd.MultiIndex.from_product(
                 [self.steps.tolist(), range(found.shape[1]), range(found.shape[2])], names=["step", "copy", "group"]
             )
-            tables.append(pd.DataFrame({"split": split, "accuracy": found.flatten().numpy()}, index).reset_index())
+            table = pd.DataFrame({"accuracy": found.flatten().numpy()}, index).reset_index()
+            table.insert(0, "split", split)
+            tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
 
@@ -162,6 +164,8 @@ def train_copies(
         tensor([True, True])
     """
     share = _shares(copies, train, weights, shift)
+    if group_rate is not None and not group_rate >= 0:
+        raise ValueError(f"group_rate must be at least 0, got {group_rate}")
     watched = dict(watch or {})
     start, copies = time.perf_counter(), copies.clone(trainable=True)
     optimizer = Optimizer(copies.parameters, descent)
@@ -204,8 +208,12 @@ def _predict(copies: Copies, watched: Mapping[str, Grouped]) -> dict[str, Tensor
 
 def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Tensor | None) -> Tensor:
     """Check what belongs to the examples, and give weights that add up to 1 for each copy, shape ``(S, N)``."""
-    size = len(train)
-    for name, values, shape in (("weights", weights, (size,)), ("shift", shift, (size, copies.weights[-1].shape[1]))):
+    size, classes = len(train), copies.weights[-1].shape[1]
+    check_examples(train.features, train.labels, len(copies))
+    check_examples(train.features, train.groups, len(copies), "groups")
+    if train.labels.max() >= classes:
+        raise ValueError(f"labels must be below {classes}, the classes of the networks, got {int(train.labels.max())}")
+    for name, values, shape in (("weights", weights, (size,)), ("shift", shift, (size, classes))):
         if values is not None and values.shape not in (shape, (len(copies), *shape)):
             got = tuple(values.shape)
             raise ValueError(f"{name} must have shape {shape} or {(len(copies), *shape)}, got {got}")

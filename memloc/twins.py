@@ -264,6 +264,8 @@ def _is_degenerate(labels: Tensor, mistakes: Tensor) -> Tensor:
 
 def _check(features: Tensor, labels: Tensor, classes: int | None, pairs: int) -> int:
     """Check shapes and find the number of classes."""
+    if not pairs:
+        raise ValueError("seeds must hold one for each pair, got none")
     check_examples(features, labels, pairs)
     found = int(labels.max()) + 1
     if classes is None:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ def normal(*shape, seed=0):
 def module(copies, copy, hidden, bias):
     """One copy as a plain module."""
     sizes = [copies.weights[0].shape[2], *hidden, copies.weights[-1].shape[1]]
-    layers = [nn.Linear(*pair, bias=bias) for pair in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(*pair, bias=bias) for pair in pairwise(sizes)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
     model.load_state_dict(copies.state(copy))
     return model
