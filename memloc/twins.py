@@ -73,9 +73,12 @@ class Twins:
 
         Returns:
             Bool, shape ``(S, N)``.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
-        wrong = self.networks.logits(features).argmax(2).unflatten(0, (-1, 2)) != labels[..., None, :]
-        return wrong.any(1)
+        check_examples(features, labels, len(self.seeds))
+        return _mistakes(self.networks.logits(features), labels)
 
     def infer(self, features: Tensor, labels: Tensor) -> Tensor:
         """Infer the group of each example of any split, ``2·label + mistake``. Int64, shape ``(S, N)``."""
@@ -179,6 +182,8 @@ def train_twins(
     """
     pairs, size = len(seeds), features.shape[-2]
     classes = _check(features, labels, classes, pairs)
+    if validation is not None:
+        check_examples(*validation, pairs, "validation labels")
     labels = labels.expand(pairs, size)
     half = _given("assignment", assignment, (pairs, size), labels) if assignment is not None else _halves(seeds, labels)
     recorded = flips if isinstance(flips, bool) else _given("flips", flips, (descent.steps, pairs, size), labels)
@@ -205,28 +210,33 @@ def train_twins(
         is_flipped = uniform < probability if recorded is True else take(recorded[step], indices, 1)
         target = torch.where(is_flipped, predicted, target)
         flipped = target if indices is None else flipped.scatter(1, indices, target)
-    found = Twins(
+    logits = networks.logits(features)
+    mistakes = _mistakes(logits, labels)
+    is_degenerate = _is_degenerate(labels, mistakes)
+    if validation is not None:
+        is_degenerate |= _is_degenerate(validation[1], _mistakes(networks.logits(validation[0]), validation[1]))
+    return Twins(
         networks=networks.clone(),
         seeds=tuple(seeds),
         learning_rates=rates,
         labels=labels,
         assignment=half,
         flipped_labels=flipped,
-        held_out=_by_half(networks.logits(features), half)[1],
-        mistakes=torch.zeros_like(half),
-        is_degenerate=torch.zeros(pairs, dtype=torch.bool),
+        held_out=_by_half(logits, half)[1],
+        mistakes=mistakes,
+        is_degenerate=is_degenerate,
     )
-    mistakes = found.cross_mistakes(features, labels)
-    is_degenerate = _is_degenerate(labels, mistakes)
-    if validation is not None:
-        is_degenerate |= _is_degenerate(validation[1], found.cross_mistakes(*validation))
-    return replace(found, mistakes=mistakes, is_degenerate=is_degenerate)
 
 
 def _by_half(logits: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
     """Split logits, shape ``(2 S, N, K)``, into those of the twin that learns from an example and of the other."""
     a, b = logits.unflatten(0, (-1, 2)).unbind(1)
     return torch.where(half[..., None], a, b), torch.where(half[..., None], b, a)
+
+
+def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Say which examples at least one twin of each pair gets wrong, shape ``(S, N)``."""
+    return (logits.argmax(2).unflatten(0, (-1, 2)) != labels[..., None, :]).any(1)
 
 
 def _halves(seeds: Sequence[int], labels: Tensor) -> Tensor:

@@ -241,5 +241,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
         train_twins(features, labels, descent, assignment=labels.bool())
     with pytest.raises(ValueError, match=r"flips must be bool of shape \(3, 1, 120\), got torch.int64"):
         train_twins(features, labels, descent, flips=torch.ones(3, 1, 120, dtype=torch.int64))
-    with pytest.raises(ValueError, match="seeds"):
+    with pytest.raises(ValueError, match="features and validation labels must have shapes"):
+        train_twins(features, labels, descent, validation=(features, labels[:, None, None]))
+    with pytest.raises(ValueError, match="labels must be 120 int64 from 0, as many as there are features, got 119"):
+        train_twins(features, labels, descent).cross_mistakes(features, labels[1:])
+    with pytest.raises(ValueError, match="seeds must hold one for each pair, got none"):
         train_twins(features, labels, descent, seeds=[])
