@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memloc.copies import Descent, balancing_weights, make_copies
-from memloc.ensembles import Grouped, Training, train_copies
+from memloc.ensembles import Grouped, Shift, Training, train_copies
 from memloc.randomness import generator
 from memloc.recipes import check_one_of
 
@@ -109,7 +109,7 @@ def compare(
     hidden: Sequence[int] = (),
     environments: Tensor | None = None,
     inferred: Tensor | None = None,
-    shift: Tensor | None = None,
+    shift: Shift | None = None,
     group_rate: float = 0.01,
     first_steps: int = 100,
     upweight: float = 20.0,
@@ -127,7 +127,8 @@ def compare(
         environments: Inferred groups of the training examples, for ``"groupdro_xrm"``
             (:attr:`memloc.twins.Twins.environments`). Int64, shape ``(N,)`` or ``(S, N)``.
         inferred: Inferred groups of the validation examples (:meth:`memloc.twins.Twins.infer`), for selection.
-        shift: For ``"mat"`` (:func:`memloc.mat.logit_shift`). Shape ``(N, K)`` or ``(S, N, K)``.
+        shift: For ``"mat"`` (:func:`memloc.mat.logit_shift`, :func:`memloc.mat.batch_shift`). Shape ``(N, K)`` or
+            ``(S, N, K)``, or a function.
         group_rate: Step size of GroupDRO.
         first_steps: Of the training whose mistakes ``"jtt"`` takes.
         upweight: How much more these count.

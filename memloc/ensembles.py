@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -13,7 +13,10 @@ from torch.nn.functional import normalize
 from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, sum_by, take
 from memloc.randomness import generator
 
-__all__ = ["Grouped", "Training", "train_copies"]
+__all__ = ["Grouped", "Shift", "Training", "train_copies"]
+
+Shift = Tensor | Callable[[Tensor], Tensor]
+"""What is added to logits during training: of each example, or a function of the positions of some."""
 
 _CHUNK = 64  # steps whose random numbers are drawn together
 
@@ -113,7 +116,8 @@ class Training:
             table = pd.DataFrame({"accuracy": found.flatten().numpy()}, index).reset_index()
             table.insert(0, "split", split)
             tables.append(table)
-        return pd.concat(tables, ignore_index=True)
+        columns = ["split", "step", "copy", "group", "accuracy"]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def train_copies(
@@ -122,7 +126,7 @@ def train_copies(
     descent: Descent,
     *,
     weights: Tensor | None = None,
-    shift: Tensor | None = None,
+    shift: Shift | None = None,
     group_rate: float | None = None,
     watch: Mapping[str, Grouped] | None = None,
 ) -> Training:
@@ -137,7 +141,8 @@ def train_copies(
         weights: How much each example counts. In full batches a factor; in minibatches the probability to be drawn,
             with replacement. None counts all alike. Shape ``(N,)`` or ``(S, N)``, in any unit.
         shift: Added to the logits of each example during training alone (:func:`memloc.mat.logit_shift`). Shape
-            ``(N, K)`` or ``(S, N, K)``.
+            ``(N, K)`` or ``(S, N, K)``; or a function of the positions of the examples of a step, ``(S, B)``, that
+            gives their shift, ``(S, B, K)`` (:func:`memloc.mat.batch_shift`).
         group_rate: Step size η of GroupDRO: group g counts q_g, and after each batch q_g grows by the factor
             exp(η · mean loss of the group in the batch). None for none; 0 counts all groups alike.
         watch: Splits to evaluate, by name.
@@ -146,7 +151,8 @@ def train_copies(
         The trained copies and what they predicted.
 
     Raises:
-        ValueError: If shapes do not fit, or weights are negative or all 0 for a copy.
+        ValueError: If shapes do not fit, weights are negative or all 0 for a copy, or come with ``group_rate`` where
+            all examples are taken, because only one of the two can say what counts.
 
     Source:
         GroupDRO: Sagawa et al. (2020), algorithm 1, with the mean loss of each group that is in the batch. The
@@ -166,16 +172,21 @@ def train_copies(
     share = _shares(copies, train, weights, shift)
     if group_rate is not None and not group_rate >= 0:
         raise ValueError(f"group_rate must be at least 0, got {group_rate}")
+    if group_rate is not None and weights is not None and descent.batch_size is None:
+        raise ValueError("weights must be None with group_rate in full batches, got both: choose one, or a batch_size")
     watched = dict(watch or {})
     start, copies = time.perf_counter(), copies.clone(trainable=True)
     optimizer = Optimizer(copies.parameters, descent)
     labels, groups = (each.expand(len(copies), -1) for each in (train.labels, train.groups))
     priority = normalize((sum_by(groups, torch.ones_like(share)) > 0).float(), 1, 1)
+    everything = torch.arange(len(train), device=share.device).expand_as(share)
     evaluated = {0: _predict(copies, watched)}
     for step, indices in enumerate(_drawn(share, descent, copies.seeds), 1):
         logits = copies(take(train.features, indices, 2))
-        if shift is not None:
+        if isinstance(shift, Tensor):
             logits = logits + take(shift, indices, 2)
+        elif shift is not None:
+            logits = logits + shift(everything if indices is None else indices)
         losses = cross_entropies(logits, take(labels, indices, 1))
         factors = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
         if group_rate is not None:
@@ -186,7 +197,7 @@ def train_copies(
     predictions = {name: torch.stack([found[name] for found in evaluated.values()]) for name in watched}
     return Training(
         copies=copies.clone(),
-        steps=torch.tensor(list(evaluated)),
+        steps=torch.tensor(list(evaluated), device=share.device),
         predictions=predictions,
         watched=watched,
         seconds=time.perf_counter() - start,
@@ -206,7 +217,7 @@ def _predict(copies: Copies, watched: Mapping[str, Grouped]) -> dict[str, Tensor
     return {name: copies.logits(split.features).argmax(2).to(torch.int16) for name, split in watched.items()}
 
 
-def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Tensor | None) -> Tensor:
+def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Shift | None) -> Tensor:
     """Check what belongs to the examples, and give weights that add up to 1 for each copy, shape ``(S, N)``."""
     size, classes = len(train), copies.weights[-1].shape[1]
     check_examples(train.features, train.labels, len(copies))
@@ -214,7 +225,7 @@ def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Tenso
     if train.labels.max() >= classes:
         raise ValueError(f"labels must be below {classes}, the classes of the networks, got {int(train.labels.max())}")
     for name, values, shape in (("weights", weights, (size,)), ("shift", shift, (size, classes))):
-        if values is not None and values.shape not in (shape, (len(copies), *shape)):
+        if isinstance(values, Tensor) and values.shape not in (shape, (len(copies), *shape)):
             got = tuple(values.shape)
             raise ValueError(f"{name} must have shape {shape} or {(len(copies), *shape)}, got {got}")
     share = torch.ones(size, device=train.features.device) if weights is None else weights.float()

@@ -1,14 +1,16 @@
 """Memorization-aware training: take out of the labels what held-out predictions already say (MAT)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memloc.copies import take
 from memloc.observers import Batch
 
-__all__ = ["MATLoss", "logit_shift"]
+__all__ = ["MATLoss", "batch_shift", "logit_shift"]
 
 
 def logit_shift(held_out: Tensor, labels: Tensor, temperature: float = 0.1, batch_size: int | None = None) -> Tensor:
@@ -60,6 +62,39 @@ def logit_shift(held_out: Tensor, labels: Tensor, temperature: float = 0.1, batc
     labels = labels.expand(held_out.shape[:-1])
     parts = zip(held_out.split(batch_size, -2), labels.split(batch_size, -1), strict=True)
     return torch.cat([_shift(some, theirs, temperature) for some, theirs in parts], -2)
+
+
+def batch_shift(held_out: Tensor, labels: Tensor, temperature: float = 0.1) -> Callable[[Tensor], Tensor]:
+    """Calibrate the examples of each step by themselves, as the reference code does.
+
+    Args:
+        held_out: As for :func:`logit_shift`.
+        labels: The same.
+        temperature: The same.
+
+    Returns:
+        A ``shift`` of :func:`memloc.ensembles.train_copies`: from positions of examples, shape ``(S, B)``, to their
+        shift, shape ``(S, B, K)``.
+
+    Raises:
+        ValueError: As :func:`logit_shift`.
+
+    Source:
+        Bayat et al. (2025), reference code.
+
+    Example:
+        >>> shift = batch_shift(torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1, 1]))
+        >>> shift(torch.tensor([[0, 1], [1, 2]])).exp()[:, 0].round(decimals=4)
+        tensor([[0.5000, 0.5000],
+                [0.0000, 1.0000]])
+    """
+    _check(held_out, labels, temperature)
+    labels = labels.expand(held_out.shape[:-1])
+
+    def shift(indices: Tensor) -> Tensor:
+        return logit_shift(take(held_out, indices, 2), take(labels, indices, 1), temperature)
+
+    return shift
 
 
 def _shift(held_out: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -154,6 +154,32 @@ def test_the_table_says_how_every_checkpoint_was_chosen(found):
     assert set(without.selection) == {"true", "last"}
 
 
+def test_all_of_it_runs_where_the_examples_are(device):
+    train, validation, test = (
+        Grouped(split.features.to(device), split.labels.to(device), split.groups.to(device))
+        for split in (TRAIN, VALIDATION, TEST)
+    )
+    descent = Descent(steps=5, learning_rate=0.02, batch_size=50, every=2)
+    twins = train_twins(train.features, train.labels, descent, seeds=SEEDS, hidden=[4])
+    found = compare(
+        train,
+        validation,
+        test,
+        descent,
+        seeds=SEEDS,
+        methods=tuple(METHODS),
+        hidden=[4],
+        environments=twins.environments,
+        inferred=twins.infer(validation.features, validation.labels),
+        shift=logit_shift(twins.held_out, train.labels),
+    )
+    assert len(twins.table()) == 2
+    assert found.table().average_accuracy.between(0, 1).all()
+    training = found.trainings["mat"]
+    assert training.steps[training.selected("validation")].shape == (2,)
+    assert {each.device.type for each in training.copies.parameters} == {device.type}
+
+
 def test_a_subset_has_equally_many_of_each_group_and_depends_on_the_seed_alone():
     groups = torch.stack([torch.randint(0, 3, (40,), generator=generator(seed, "test")) for seed in (0, 1)])
     groups[groups == 1] = 4

@@ -202,6 +202,7 @@ def test_evaluations_come_every_so_many_steps_and_at_both_ends():
     assert found.steps.tolist() == [0, 10, 20, 25]
     assert torch.equal(found.predictions["train"][0], copies(data.features).argmax(2).short())
     assert torch.equal(found.predictions["train"][-1], found.copies(data.features).argmax(2).short())
+    assert train_copies(copies, data, Descent(steps=1)).table().empty
     exact = train_copies(copies, data, Descent(steps=20, every=10), watch={"train": data})
     assert exact.steps.tolist() == [0, 10, 20]
     table = found.table()
@@ -222,6 +223,8 @@ def test_what_does_not_fit_is_refused_in_one_line():
             train_copies(copies, data, descent, weights=bad)
     with pytest.raises(ValueError, match="group_rate must be at least 0, got -1"):
         train_copies(copies, data, descent, group_rate=-1)
+    with pytest.raises(ValueError, match="weights must be None with group_rate in full batches"):
+        train_copies(copies, data, descent, group_rate=0.1, weights=torch.ones(60))
     with pytest.raises(ValueError, match="labels must be below 3"):
         train_copies(copies, replace(data, labels=data.labels + 1), descent)
     with pytest.raises(ValueError, match="features and groups must have shapes"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import memloc
 
 PACKAGE = Path(memloc.__file__).parent
-METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping"}
+METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping", "mat", "twins"}
 
 
 def imported(path):

@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from memloc import models
-from memloc.mat import MATLoss, logit_shift
+from memloc.copies import Descent, make_copies
+from memloc.ensembles import Grouped, train_copies
+from memloc.mat import MATLoss, batch_shift, logit_shift
 from memloc.observers import Batch
 from memloc.randomness import generator
 from memloc.recipes import Settings
@@ -84,6 +86,32 @@ def test_batches_are_calibrated_by_themselves():
     held_out, labels = some(50)
     parts = [shift_by_loops(h, y, 0.5) for h, y in zip(held_out.split(16), labels.split(16), strict=True)]
     torch.testing.assert_close(logit_shift(held_out, labels, 0.5, 16), torch.cat(parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_copies_trained_with_a_shift_of_each_batch_calibrate_what_they_are_shown(batch_size):
+    (a, labels), (b, others) = some(seed=0), some(seed=1)
+    shift, seen = batch_shift(torch.stack([a, b]), torch.stack([labels, others]), 0.5), []
+
+    def noting(indices):
+        seen.append(indices)
+        return shift(indices)
+
+    indices = torch.tensor([[0, 7, 7, 3], [9, 1, 2, 49]])
+    expected = [shift_by_loops(h[i], y[i], 0.5) for h, y, i in zip((a, b), (labels, others), indices, strict=True)]
+    torch.testing.assert_close(shift(indices), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    one = batch_shift(a, labels, 0.5)(indices)
+    torch.testing.assert_close(one[1], shift_by_loops(a[indices[1]], labels[indices[1]], 0.5), rtol=1e-5, atol=1e-5)
+    data = Grouped(normal(50, 4), torch.stack([labels, others]), torch.zeros(50, dtype=torch.int64))
+    descent = Descent(steps=3, learning_rate=0.5, batch_size=batch_size)
+    found = train_copies(make_copies(4, 3, [0, 1]), data, descent, shift=noting).copies
+    assert {each.shape for each in seen} == {(2, batch_size or 50)}
+    if batch_size is None:
+        whole = logit_shift(torch.stack([a, b]), torch.stack([labels, others]), 0.5)
+        same = train_copies(make_copies(4, 3, [0, 1]), data, descent, shift=whole).copies
+        torch.testing.assert_close(found.weights[0], same.weights[0])
+    plain = train_copies(make_copies(4, 3, [0, 1]), data, descent).copies
+    assert not torch.allclose(found.weights[0], plain.weights[0])
 
 
 def test_copies_are_calibrated_by_themselves():
