@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from memloc.copies import Descent
 from memloc.randomness import generator
-from memloc.twins import _visits, flip_probability, train_twins
+from memloc.twins import _is_degenerate, _visits, flip_probability, train_twins
 
 
 def recorded():
@@ -149,8 +149,8 @@ def test_those_that_the_strong_feature_misleads_are_found(classes, hidden):
 
 
 def test_held_out_logits_are_those_of_the_twin_that_did_not_see_the_example():
-    features, labels, _ = misled()
-    found = train_twins(features, labels, Descent(steps=30, learning_rate=0.1), seeds=[0, 1])
+    features, labels = torch.randn(120, 14, generator=generator(0, "noise")), torch.arange(120) % 2
+    found = train_twins(features, labels, Descent(steps=30, learning_rate=0.1), seeds=[0, 1], flips=False)
     a, b = found.networks.logits(features).view(2, 2, 120, 2).unbind(1)
     for pair in range(2):
         for row in range(120):
@@ -158,6 +158,7 @@ def test_held_out_logits_are_those_of_the_twin_that_did_not_see_the_example():
             assert torch.equal(found.held_out[pair, row], other[pair, row])
     wrong = (a.argmax(2) != labels) | (b.argmax(2) != labels)
     assert torch.equal(found.mistakes, wrong)
+    assert not torch.equal(a.argmax(2), b.argmax(2)), "twins that find no rule disagree"
     assert 40 < found.assignment[0].sum() < 80
 
 
@@ -212,6 +213,25 @@ def test_pairs_that_tell_no_examples_of_a_class_apart_are_degenerate():
     table = found.table()
     assert list(table.columns) == ["pair", "seed", "learning_rate", "flip_rate", "mistakes", "is_degenerate"]
     assert table.mistakes[0] == pytest.approx(found.mistakes[0].float().mean().item())
+
+
+def test_a_class_is_split_only_if_some_of_it_are_mistakes_and_some_are_not():
+    labels = torch.tensor([[0, 0, 2, 2]])
+    for mistakes, expected in (([1, 0, 0, 1], False), ([0, 0, 0, 1], True), ([1, 1, 0, 1], True), ([1, 0, 1, 1], True)):
+        assert _is_degenerate(labels, torch.tensor([mistakes]).bool()).tolist() == [expected]
+
+
+def test_every_pass_visits_each_example_once_with_a_random_number_of_its_own():
+    labels = torch.zeros(2, 10, dtype=torch.int64)
+    visits = list(islice(_visits([0, 1], labels, Descent(batch_size=4)), 6))
+    assert [len(uniform[0]) for _, uniform in visits] == [4, 4, 2, 4, 4, 2]
+    orders = []
+    for part in (visits[:3], visits[3:]):
+        indices, uniform = (torch.cat(each, 1) for each in zip(*part, strict=True))
+        assert (indices.sort(1).values == torch.arange(10)).all()
+        assert all(len(own.unique()) == 10 for own in uniform)
+        orders += [*indices.tolist(), *uniform.tolist()]
+    assert len({str(each) for each in orders}) == 8
 
 
 def test_a_class_that_no_label_has_is_no_obstacle():
