@@ -212,7 +212,19 @@ class Descent:
 
 
 class Optimizer:
-    """SGD or Adam on stacked parameters, each copy with its own learning rate; steps in place, as torch's do."""
+    """SGD or Adam on stacked parameters, each copy with its own learning rate; steps in place, as torch's do.
+
+    Args:
+        parameters: Of all copies, leaves with a gradient, shape ``(S, …)`` each.
+        descent: Which optimiser, its constants and the learning rates.
+
+    Example:
+        >>> copies = make_copies(3, 2, seeds=[0, 1], zero=True).clone(trainable=True)
+        >>> optimizer = Optimizer(copies.parameters, Descent(learning_rate=(0.0, 1.0)))
+        >>> optimizer.step(copies(torch.ones(1, 3))[..., 0].sum())
+        >>> copies.biases[0].tolist()
+        [[0.0, 0.0], [-1.0, 0.0]]
+    """
 
     def __init__(self, parameters: Sequence[Tensor], descent: Descent) -> None:
         self.parameters, self.descent = parameters, descent
@@ -248,7 +260,21 @@ class Optimizer:
 
 
 def take(values: Tensor, indices: Tensor | None, shared: int) -> Tensor:
-    """Choose examples for each copy, shape ``(S, B)``, from values that all share or that are each copy's own."""
+    """Choose examples for each copy from values that all share or that are each copy's own.
+
+    Args:
+        values: Shape ``(N, …)`` where all share them, ``(S, N, …)`` where each has its own.
+        indices: Positions. Int64, shape ``(S, B)``; None gives the values as they are.
+        shared: Dimensions of values that all share, which tells the two apart.
+
+    Returns:
+        Shape ``(S, B, …)``.
+
+    Example:
+        >>> take(torch.tensor([5, 6, 7]), torch.tensor([[0, 2], [1, 1]]), shared=1)
+        tensor([[5, 7],
+                [6, 6]])
+    """
     if indices is None:
         return values
     if values.ndim == shared:
@@ -257,7 +283,19 @@ def take(values: Tensor, indices: Tensor | None, shared: int) -> Tensor:
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross-entropy of each example of each copy, shape ``(S, B)``."""
+    """Compute the cross-entropy of each example of each copy.
+
+    Args:
+        logits: Shape ``(S, B, K)``.
+        labels: Int64, shape ``(S, B)``.
+
+    Returns:
+        In nats, shape ``(S, B)``.
+
+    Example:
+        >>> cross_entropies(torch.zeros(1, 2, 2), torch.tensor([[0, 1]]))
+        tensor([[0.6931, 0.6931]])
+    """
     return F.cross_entropy(logits.mT, labels, reduction="none")
 
 

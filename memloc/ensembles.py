@@ -190,7 +190,7 @@ def train_copies(
         losses = cross_entropies(logits, take(labels, indices, 1))
         factors = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
         if group_rate is not None:
-            priority, factors = prioritise(priority, losses.detach(), take(groups, indices, 1), group_rate)
+            priority, factors = _prioritise(priority, losses.detach(), take(groups, indices, 1), group_rate)
         optimizer.step((losses * factors).sum())
         if step % descent.every == 0 or step == descent.steps:
             evaluated[step] = _predict(copies, watched)
@@ -204,7 +204,7 @@ def train_copies(
     )
 
 
-def prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def _prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """Move GroupDRO's weights of groups, ``(S, G)``, and give the factor of each example, ``(S, B)``."""
     count = sum_by(groups, torch.ones_like(losses), priority.shape[1])
     mean = sum_by(groups, losses, priority.shape[1]) / count.clamp(min=1)

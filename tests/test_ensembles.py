@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from memloc.copies import Copies, Descent, make_copies
-from memloc.ensembles import Grouped, Training, _drawn, prioritise, train_copies
+from memloc.ensembles import Grouped, Training, _drawn, _prioritise, train_copies
 from memloc.randomness import generator
 
 
@@ -81,7 +81,7 @@ def test_group_dro_is_that_of_a_loop_over_groups():
 def test_groups_that_a_batch_lacks_keep_their_weight_but_for_the_sum():
     priority = torch.tensor([[0.5, 0.25, 0.25]])
     losses, groups = torch.tensor([[1.0, 3.0, 5.0]]), torch.tensor([[0, 0, 2]])
-    found, factors = prioritise(priority, losses, groups, 0.1)
+    found, factors = _prioritise(priority, losses, groups, 0.1)
     expected = torch.tensor([0.5 * math.exp(0.2), 0.25, 0.25 * math.exp(0.5)])
     torch.testing.assert_close(found[0], expected / expected.sum())
     torch.testing.assert_close(factors[0], torch.stack([found[0, 0] / 2, found[0, 0] / 2, found[0, 2]]))
