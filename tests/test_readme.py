@@ -54,6 +54,7 @@ def test_the_ratios_in_the_readme_are_those_that_were_kept():
             "gradients.reference_over_plain", "gradients.step_over_plain", "dropout.reference_over_floor_sum",
             "dropout.mask_over_floor_sum", "dropout.step_over_plain", "flipping.parity_speedup",
             "flipping.default_speedup",
+            "manifolds.solve_speedup_m200", "manifolds.solve_speedup_m50", "manifolds.call_speedup",
         )
     ]  # fmt: skip
     assert quoted == pytest.approx(measured, rel=0.04)
