@@ -47,7 +47,7 @@ def waterbirds(
     each: 0.6 GB at 64 pixels and 7 GB at 224. With ``encode`` only a batch of images is in memory at a time.
 
     Args:
-        root: Where to look; by default :func:`memloc.datasets.root`.
+        root: Where to look; by default :func:`memloc.sources.root`.
         size: Side of the images in pixels.
         examples: Take only the first so many of each split; by default all of them.
         encode: Gives what to keep of a batch of images, shape ``(B, 3, size, size)`` from -1 to 1 on ``device``: for
@@ -99,7 +99,7 @@ def celeba(
     of images is in memory at a time.
 
     Args:
-        root: Where to look; by default :func:`memloc.datasets.root`.
+        root: Where to look; by default :func:`memloc.sources.root`.
         label: The attribute to predict.
         attribute: The spurious attribute.
         size: Side of the images in pixels.

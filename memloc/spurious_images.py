@@ -78,13 +78,13 @@ def coloured_digits(
     and validation, even and odd positions have shares of their own.
 
     Args:
-        name: A data set of ten classes in grey, one of :data:`memloc.datasets.NAMES`, e.g. ``"digits"`` or ``"mnist"``.
+        name: A data set of ten classes in grey, one of :data:`memloc.sources.NAMES`, e.g. ``"digits"`` or ``"mnist"``.
         colouring: How often labels and colours are wrong.
         seed: Decides which; the labels do not depend on the shares of colours.
         size: Side to resize the images to, in pixels, by nearest neighbour. Of MNIST, 14 takes every second pixel.
         examples: Take only the first so many training examples; by default all of them.
         device: Where the tensors go.
-        root: The folder that holds the data sets; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
 
     Returns:
         The data, images of shape ``(N, 2, size, size)``.
@@ -158,7 +158,7 @@ def digits_on_photographs(
         correlation: Share of the training examples whose attribute is the label, 0 to 1.
         opacity: Of the digits, above 0 and up to 1; a faint digit is harder to see than the photograph's kind.
         device: Where the tensors go.
-        root: The folder that holds the data sets; by default :func:`memloc.datasets.root`.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
 
     Returns:
         The data, images of shape ``(N, 3, size, size)``.
