@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy as shallow
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -56,6 +57,17 @@ class Copies:
             for parameters in (self.weights, self.biases)
         )
         return replace(self, weights=weights, biases=biases)
+
+    def only(self, which: Tensor) -> "Copies":
+        """Take some of the copies: those for which ``which``, bool of shape ``(S,)``, is true.
+
+        Example:
+            >>> make_copies(5, 2, seeds=[3, 4, 5]).only(torch.tensor([True, False, True])).seeds
+            (3, 5)
+        """
+        seeds = tuple(seed for seed, is_taken in zip(self.seeds, which.tolist(), strict=True) if is_taken)
+        weights, biases = (tuple(each[which] for each in parameters) for parameters in (self.weights, self.biases))
+        return replace(self, seeds=seeds, weights=weights, biases=biases)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -250,6 +262,23 @@ class Optimizer:
             elif self.first:
                 gradient = self.first[index].mul_(self.descent.momentum).add_(gradient)
             parameter.addcmul_(gradient, rate, value=-1)
+
+    def only(self, which: Tensor, parameters: Sequence[Tensor]) -> "Optimizer":
+        """Go on with some of the copies as if they had been alone.
+
+        Args:
+            which: Those that go on. Bool, shape ``(S,)``.
+            parameters: Of these, leaves with a gradient (:meth:`Copies.only`, then :meth:`Copies.clone`).
+
+        Returns:
+            A new one with their rates and their moments; this one is not to be used again.
+        """
+        some = shallow(self)
+        some.parameters = parameters
+        some.rates, some.first, some.second = (
+            [each[which] for each in kept] for kept in (self.rates, self.first, self.second)
+        )
+        return some
 
     def _adam(self, index: int, gradient: Tensor) -> Tensor:
         """Compute the direction of Kingma and Ba (2015), with their constants."""

@@ -102,6 +102,25 @@ def test_steps_are_those_of_torch_with_a_rate_for_each_copy(settings, build):
             torch.testing.assert_close(copies.state(copy)[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"optimizer": "adam"}])
+def test_copies_that_go_on_without_the_others_go_on_as_before(settings):
+    descent = Descent(learning_rate=(0.1, 0.2, 0.05), **settings)
+    features, labels = normal(20, 5), torch.arange(20) % 3
+    together, some = (make_copies(5, 3, [7, 8, 9], hidden=[4]).clone(trainable=True) for _ in range(2))
+    of_all, of_some = Optimizer(together.parameters, descent), Optimizer(some.parameters, descent)
+    for step in range(6):
+        if step == 3:
+            which = torch.tensor([True, False, True])
+            some = some.only(which).clone(trainable=True)
+            of_some = of_some.only(which, some.parameters)
+        for copies, optimizer in ((together, of_all), (some, of_some)):
+            losses = cross_entropies(copies(features), labels.expand(len(copies), -1))
+            optimizer.step(losses.mean(1).sum())
+    assert some.seeds == (7, 9)
+    for whole, part in zip(together.parameters, some.parameters, strict=True):
+        torch.testing.assert_close(part, whole[[0, 2]], rtol=1e-5, atol=1e-6)
+
+
 def test_sums_and_weights_by_group_are_those_of_a_loop():
     groups, values = torch.randint(0, 4, (3, 30), generator=generator(0, "groups")), normal(3, 30)
     groups[groups == 2] = 1

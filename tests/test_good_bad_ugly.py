@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from memloc.good_bad_ugly import regression, truth
+from memloc.good_bad_ugly import fit_curves, regression, truth
 
 
 def recorded():
@@ -99,3 +100,93 @@ def test_moving_to_a_device_takes_everything_along():
 def test_data_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         regression(**{"noise": 1e-3, "seed": 0} | changes)
+
+
+def some(noises=(0.0, 0.1, 1.0), **changes):
+    """Sets of points with more and more noise, which take fewer and fewer steps."""
+    return [regression(noise, seed=seed, **{"points": 6, "dimensions": 4} | changes) for seed, noise in enumerate(noises)]
+
+
+def fit_alone(data, model, learning_rate, tolerance, steps):
+    """Fit one network in a plain loop; the steps that it took."""
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    for step in range(steps):
+        error = (model(data.inputs)[:, 0] - data.targets).square().mean()
+        if error < tolerance:
+            return step
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return steps
+
+
+@pytest.mark.parametrize("steps", [1000, 40])
+def test_networks_fitted_together_are_those_of_a_loop_for_each(steps):
+    data = some()
+    fits = fit_curves(data, seeds=[3, 4, 5], width=7, learning_rate=0.01, tolerance=1e-2, steps=steps)
+    untrained = fit_curves(data, seeds=[3, 4, 5], width=7, tolerance=math.inf).networks
+    taken = []
+    for copy, each in enumerate(data):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 1))
+        model.load_state_dict(untrained.state(copy))
+        taken.append(fit_alone(each, model, 0.01, 1e-2, steps))
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(fits.networks.state(copy)[name], value, rtol=1e-3, atol=1e-5)
+    assert fits.steps.tolist() == taken
+    assert len(set(taken)) > 1, "the networks should not all stop at once"
+
+
+def test_errors_and_curves_are_those_of_the_networks_with_and_without_noise():
+    data = some(noises=(0.0, 1.0))
+    fits = fit_curves(data, seeds=[0, 1], width=7, learning_rate=0.01, tolerance=1e-2)
+    table = fits.table()
+    assert list(table.seed) == [0, 1]
+    assert (table.error < 1e-2).all()
+    for copy, each in enumerate(data):
+        for curve, inputs in ((fits.curves, each.curve_inputs), (fits.mixed_curves, each.mixed_inputs)):
+            torch.testing.assert_close(curve[copy], fits.networks(inputs)[copy, :, 0])
+        row = table.iloc[copy]
+        wrong = fits.curves[copy] - each.curve
+        at_points = fits.curves[copy, each.positions] - each.targets
+        assert row.error == pytest.approx((fits.mixed_curves[copy, each.positions] - each.targets).square().mean())
+        assert row.clean_error == pytest.approx(at_points.square().mean(), rel=1e-4)
+        assert row.curve_error == pytest.approx(wrong.square().mean(), rel=1e-4)
+        assert row.largest_error == pytest.approx(wrong.abs().max(), rel=1e-4)
+    assert table.clean_error[0] == table.error[0]
+    assert table.clean_error[1] > table.error[1]
+
+
+@pytest.mark.usefixtures("global_generator_untouched")
+def test_a_fit_depends_on_its_own_points_and_seed_alone():
+    data = some()
+    together = fit_curves(data, seeds=[0, 1, 2], width=7, learning_rate=0.01, tolerance=1e-2)
+    alone = fit_curves(data[1:2], seeds=[1], width=7, learning_rate=0.01, tolerance=1e-2)
+    torch.testing.assert_close(together.curves[1:2], alone.curves, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0]}, "seeds must be one for each set of points, at least one, got 1 for 3"),
+        ({"data": [], "seeds": []}, "at least one, got 0 for 0"),
+        ({"tolerance": 0.0}, "tolerance must be above 0, got 0.0"),
+        ({"tolerance": math.nan}, "tolerance must be above 0"),
+        ({"steps": 0}, "steps must be an integer"),
+    ],
+)
+def test_fits_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit_curves(**{"data": some(), "seeds": [0, 1, 2], "width": 2} | changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_papers_networks_err_as_the_reference_codes_did():
+    expected, seeds = recorded(), range(20)
+    found = {}
+    for noise, name in ((1e-4, "0.0001"), (1e-3, "0.001"), (0.0, "0.0")):
+        fits = fit_curves([regression(noise, seed=seed) for seed in seeds], seeds=seeds)
+        found[noise] = fits.table().median()
+        clean = expected[name]["train_mse_with_noise_removed"]
+        assert clean / 3 < found[noise].clean_error < 3 * clean
+    assert found[1e-4].curve_error < found[1e-3].curve_error
