@@ -186,7 +186,6 @@ PARAMETERS: dict[str, Parameter] = {
         ),
         Parameter("other_learning_rate", float, "peak learning rate of the other network", minimum=0),
         Parameter("noiseless_learning_rate", float, "learning rate where inputs have no noise", minimum=0),
-        Parameter("long_learning_rate", float, "learning rate of the longer training", minimum=0),
         Parameter("widths", str, "widths to compare, commas between them", minimum=1, each=int),
         Parameter("layer", str, "the module whose output is measured, by its name in the network"),
         Parameter("dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed")),

@@ -29,7 +29,10 @@ __all__ = [
     "by_kind",
     "by_kind_panels",
     "clouds",
+    "curve_fits",
+    "decision_maps",
     "double_descent",
+    "error_dots",
     "flipping",
     "flipping_panels",
     "gallery",
@@ -48,6 +51,7 @@ __all__ = [
     "rewinding",
     "rewinding_lines",
     "rewinding_panels",
+    "ridge_sweep",
     "rollback_lines",
     "rollback_panels",
     "set_style",
@@ -937,6 +941,135 @@ def double_descent(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
                 axes.axvline(table.parameters[table.interpolates].min(), color="black", linestyle=":", linewidth=1)
     with_most = max(grid[:, 0], key=lambda axes: len(axes.get_lines()))
     _legend_below(with_most)
+    return list(grid.flat)
+
+
+def decision_maps(
+    maps: Mapping[str, Tensor],
+    points: Mapping[str, pd.DataFrame],
+    extent: tuple[float, float, float, float],
+    labels: tuple[str, str],
+) -> Sequence[Axes]:
+    """Draw what a network with two classes says over two of its inputs, and examples.
+
+    Args:
+        maps: Probability of the second class by the title of the panel, shape ``(H, W)``: rows upwards, columns to the
+            right.
+        points: Examples for each panel, under the same titles: the two inputs ``x`` and ``y``, and ``label``, 0 or 1.
+        extent: What the map spans: left, right, bottom, top.
+        labels: Of the horizontal and of the vertical axes.
+
+    Returns:
+        The axes, one a map, with a black line where both classes are as probable.
+
+    Source:
+        Bayat et al. (2025), Figure 1, bottom.
+    """
+    axes = _panels(list(maps))
+    for each, (title, found) in zip(axes, maps.items(), strict=False):
+        shares = found.cpu().numpy()
+        image = each.imshow(shares, cmap="RdBu_r", vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", alpha=0.6)
+        if shares.min() < 0.5 < shares.max():
+            each.contour(shares, levels=[0.5], colors="black", linewidths=1.2, extent=extent)
+        for label, (color, marker) in enumerate((("#0072B2", "o"), ("#D55E00", "s"))):
+            own = points[title][points[title].label == label]
+            look = {"color": color, "markersize": 3, "markeredgecolor": "white", "markeredgewidth": 0.4}
+            each.plot(own.x, own.y, marker, label=f"label {label}", **look)
+        each.set(xlabel=labels[0], ylabel=labels[1], xlim=extent[:2], ylim=extent[2:])
+        each.grid(visible=False)
+    if maps:
+        axes[0].figure.colorbar(image, ax=axes, label="probability of label 1")
+        _legend_below(axes[0])
+    return axes
+
+
+def ridge_sweep(table: pd.DataFrame) -> Sequence[Axes]:
+    """Draw the minority's accuracy against the noise, and against the penalty that the noise amounts to.
+
+    Args:
+        table: One row a problem, noise and seed: ``kind`` (of problem), ``noise``, ``ratio`` (the penalty over its
+            critical value), ``seed``, ``minority_accuracy`` (simulated) and ``predicted``.
+
+    Returns:
+        Two axes, noise and ratio: predictions as lines, means over seeds of the simulations as markers with the range
+        over seeds, and dotted lines where half of the minority is right and where the ratio is 1.
+    """
+    row = plt.subplots(1, 2, sharey=True, figsize=(9.2, 3.9))[1]
+    for axes, column in zip(row, ("noise", "ratio"), strict=True):
+        for kind, (color, line, marker) in zip(table.kind.unique(), _KINDS, strict=False):
+            rows = table[table.kind == kind].groupby(column)
+            seen = rows.minority_accuracy.agg(["mean", "min", "max"])
+            axes.plot(seen.index, rows.predicted.mean(), line, color=color, label=kind)
+            axes.plot(seen.index, seen["mean"], marker, color=color)
+            axes.vlines(seen.index, seen["min"], seen["max"], color=color, alpha=0.4, linewidth=1)
+        axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+    row[0].set(xlabel="noise σ", ylabel="minority accuracy, test (fraction)", ylim=(-0.02, 1.02))
+    row[1].axvline(1, color="black", linestyle=":", linewidth=1)
+    row[1].set_xlabel("penalty over critical penalty, λ/λ*")
+    _legend_below(row[0])
+    return list(row)
+
+
+def curve_fits(curves: Mapping[str, pd.DataFrame], points: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw curves that were fitted to noisy points of a true one.
+
+    Args:
+        curves: By the title of the panel, from left to right: ``x``, ``truth``, ``clean`` (the fit without noise
+            coordinates) and ``mixed`` (with those of the points, at the points).
+        points: For each panel, under the same titles: ``x`` and ``y``.
+
+    Returns:
+        The axes, side by side with the same scales.
+
+    Source:
+        Bayat et al. (2025), Figure 3.
+    """
+    row = plt.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False, figsize=(3.5 * len(curves), 3.6))[1][0]
+    for axes, (title, table) in zip(row, curves.items(), strict=True):
+        axes.plot(table.x, table.mixed, "-", color="#CC79A7", linewidth=0.9, label="fit, noise of the points")
+        axes.plot(table.x, table.clean, "-", color="#0072B2", label="fit, no noise")
+        axes.plot(table.x, table.truth, "--", color="black", label="true curve")
+        axes.plot(points[title].x, points[title].y, "o", color="#D55E00", label="training points")
+        axes.set(title=title, xlabel="x")
+    row[0].set_ylabel("y")
+    _legend_below(row[0])
+    return list(row)
+
+
+def error_dots(
+    tables: Mapping[str, pd.DataFrame], columns: Mapping[str, str], published: pd.DataFrame | None = None
+) -> Sequence[Axes]:
+    """Draw errors of every seed and their median, for several kinds of data.
+
+    Args:
+        tables: One row a kind and seed: ``kind`` and the errors, by the title of the row of panels; none gives a panel
+            that says so.
+        columns: What each error is called, by its column.
+        published: Published values: ``kind`` and the errors, one row a kind; None for none.
+
+    Returns:
+        The axes, a row a table and a column an error, with logarithmic scales; published values are crosses.
+    """
+    if not tables:
+        return _panels([])
+    size = (0.8 + 3.4 * len(columns), 0.7 + 2.8 * len(tables))
+    grid = plt.subplots(len(tables), len(columns), sharex=True, sharey="col", squeeze=False, figsize=size)[1]
+    for row, (title, table) in zip(grid, tables.items(), strict=True):
+        kinds = list(table.kind.unique())
+        for axes, (column, label) in zip(row, columns.items(), strict=True):
+            for place, (kind, (color, _, marker)) in enumerate(zip(kinds, _KINDS, strict=False)):
+                errors = table[column][table.kind == kind]
+                beside = place + np.linspace(-0.15, 0.15, len(errors)) * (len(errors) > 1)
+                axes.plot(beside, errors, marker, color=color, markersize=3.5, alpha=0.7)
+                axes.hlines(errors.median(), place - 0.3, place + 0.3, color="black", linewidth=2)
+            if published is not None:
+                seen = published[published.kind.isin(kinds)]
+                axes.plot([kinds.index(kind) for kind in seen.kind], seen[column], "x", color="black", markersize=8)
+            axes.set_xticks(range(len(kinds)), kinds)
+            axes.set(ylabel=label, xlim=(-0.6, len(kinds) - 0.4))
+            axes.set_title(title, fontsize=10)
+            axes.set_yscale("log")
     return list(grid.flat)
 
 

@@ -535,3 +535,83 @@ def test_panels_of_units_add_up_the_seeds():
     axes = plots.flipping_panels({"mnist": counts, "cifar10": counts})
     assert [bar.get_height() for bar in axes[0].patches] == pytest.approx([0.75, 0.25])
     assert drawn(axes[0])
+
+
+def test_a_decision_map_lies_under_its_examples_with_a_line_between_the_classes():
+    found = {"both": torch.tensor([[0.0, 0.2], [0.8, 1.0]]), "sure": torch.full((2, 2), 0.9)}
+    points = pd.DataFrame({"x": [0.5, -1.0, 1.0], "y": [3.0, -4.0, 4.0], "label": [1, 0, 0]})
+    both, sure = plots.decision_maps(found, dict.fromkeys(found, points), (-2, 2, -10, 10), ("core", "spurious"))[:2]
+    assert both.images[0].get_array().tolist() == pytest.approx(found["both"].numpy().ravel().reshape(2, 2).tolist())
+    assert both.images[0].origin == "lower"
+    zeros, ones = both.get_lines()
+    assert list(zip(*zeros.get_data(), strict=True)) == [(-1, -4), (1, 4)]
+    assert list(zip(*ones.get_data(), strict=True)) == [(0.5, 3)]
+    assert zeros.get_color() != ones.get_color()
+    assert zeros.get_marker() != ones.get_marker()
+    assert [len(each.collections) for each in (both, sure)] == [1, 0]  # the line
+    (line,) = (path for collection in both.collections for path in collection.get_paths())
+    assert -10 < line.vertices[:, 1].min() <= line.vertices[:, 1].max() < 10
+    assert (both.get_xlim(), both.get_ylim()) == ((-2, 2), (-10, 10))
+    assert (both.get_xlabel(), both.get_ylabel()) == ("core", "spurious")
+    assert drawn(both)
+    assert plots.decision_maps({}, {}, (0, 1, 0, 1), ("", ""))[0].texts[0].get_text() == "nothing to show yet"
+
+
+def test_a_sweep_has_predictions_as_lines_and_simulations_as_markers_with_their_range():
+    rows = [
+        {"kind": kind, "noise": noise, "ratio": factor * noise**2, "seed": seed, "predicted": 1 - noise / 4,
+         "minority_accuracy": 1 - noise / 4 + 0.1 * seed}
+        for kind, factor in (("weak", 1), ("strong", 4)) for noise in (1, 2) for seed in range(2)
+    ]  # fmt: skip
+    by_noise, by_ratio = plots.ridge_sweep(pd.DataFrame(rows))
+    predicted, simulated, strong, _, half = by_noise.get_lines()
+    assert [predicted.get_label(), strong.get_label()] == ["weak", "strong"]
+    assert list(predicted.get_xydata().flatten()) == pytest.approx([1, 0.75, 2, 0.5])
+    assert list(simulated.get_ydata()) == pytest.approx([0.8, 0.55])
+    assert simulated.get_linestyle() == "None"
+    assert by_noise.collections[0].get_segments()[0][:, 1] == pytest.approx([0.75, 0.85])
+    assert list(half.get_ydata()) == [0.5, 0.5]
+    assert list(by_ratio.get_lines()[2].get_xdata()) == [4, 16]
+    assert list(by_ratio.get_lines()[-1].get_xdata()) == [1, 1]
+    assert {by_noise.get_xscale(), by_ratio.get_xscale()} == {"log"}
+    assert [text.get_text() for text in by_noise.figure.legends[0].get_texts()] == ["weak", "strong"]
+    assert drawn(by_noise)
+
+
+def test_fitted_curves_are_drawn_with_the_true_one_and_the_points():
+    curve = pd.DataFrame({"x": [0.0, 1.0], "truth": [0.0, 0.1], "clean": [0.2, 0.3], "mixed": [0.4, 0.5]})
+    points = pd.DataFrame({"x": [0.5], "y": [0.9]})
+    axes = plots.curve_fits({"good": curve, "bad": curve}, {"good": points, "bad": points})
+    assert [each.get_title() for each in axes] == ["good", "bad"]
+    found = {line.get_label(): list(line.get_ydata()) for line in axes[1].get_lines()}
+    assert found == {
+        "fit, noise of the points": [0.4, 0.5], "fit, no noise": [0.2, 0.3], "true curve": [0.0, 0.1],
+        "training points": [0.9],
+    }  # fmt: skip
+    assert len(axes[0].figure.legends) == 1
+    assert drawn(axes[0])
+
+
+def test_errors_are_a_dot_for_each_seed_a_bar_for_the_median_and_a_cross_for_what_was_published():
+    rows = [
+        {"kind": kind, "seed": seed, "error": (seed + 1) * scale, "largest": 1.0}
+        for kind, scale in (("good", 1), ("bad", 10)) for seed in (0, 1, 4)
+    ]  # fmt: skip
+    published = pd.DataFrame({"kind": ["bad", "other"], "error": [7.0, 1.0], "largest": [2.0, 1.0]})
+    axes = plots.error_dots({"digits": pd.DataFrame(rows)}, {"error": "mean", "largest": "most"}, published)
+    good, bad, cross = axes[0].get_lines()
+    assert [sorted(line.get_ydata()) for line in (good, bad)] == [[1, 2, 5], [10, 20, 50]]
+    assert list(good.get_xdata()) == pytest.approx([-0.15, 0, 0.15])
+    assert [bars.get_segments()[0][0][1] for bars in axes[0].collections] == [2, 20]
+    assert list(cross.get_xydata().flatten()) == [1, 7]
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["good", "bad"]
+    assert [each.get_ylabel() for each in axes] == ["mean", "most"]
+    assert {each.get_yscale() for each in axes} == {"log"}
+    assert drawn(axes[0])
+
+
+def test_errors_of_one_seed_stand_in_the_middle_and_none_say_so():
+    table = pd.DataFrame({"kind": ["good"], "seed": [0], "error": [1.0]})
+    (axes,) = plots.error_dots({"digits": table}, {"error": "mean"})
+    assert list(axes.get_lines()[0].get_xdata()) == [0]
+    assert plots.error_dots({}, {"error": "mean"})[0].texts[0].get_text() == "nothing to show yet"
