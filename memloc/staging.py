@@ -139,7 +139,7 @@ def scoreboard(root: Path, executed: Mapping[str, Path]) -> str:
 
 def _verdict(metrics: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
     """A verdict and what it was found on: data, number of examples, network, seeds."""
-    parts = [parameters.get("dataset")]
+    parts = [parameters.get("dataset", "generated data")]
     if "examples" in parameters:
         parts.append(f"{parameters['examples']:,} examples" if parameters["examples"] else "all examples")
     parts.append(parameters.get("model"))
