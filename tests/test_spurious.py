@@ -8,9 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from memloc.copies import Descent, make_copies
+from memloc.ensembles import Grouped, train_copies
 from memloc.groups import group_accuracies
+from memloc.mat import logit_shift
 from memloc.randomness import generator, seeded
 from memloc.spurious import correlated_attributes, gaussian_toy, least_squares
+from memloc.twins import train_twins
 
 
 def recorded(name):
@@ -290,3 +294,38 @@ def test_gradient_descent_on_the_toy_ends_where_the_reference_code_ended(noise, 
         shares = group_accuracies(predictions, split.labels, minority(split), 2).tolist()
         assert shares[0] == pytest.approx(expected["final"][f"maj_{suffix}"], abs=0.03)
         assert shares[1] == pytest.approx(expected["final"][f"min_{suffix}"], abs=0.03)
+
+
+def stacked(toys, name):
+    """One split of several toys, for training them together; group 1 is the minority."""
+    splits = [getattr(toy, name) for toy in toys]
+    return Grouped(*(torch.stack(parts) for parts in zip(*((s.images, s.labels, minority(s)) for s in splits), strict=True)))
+
+
+def ends_near(found, expected):
+    """Whether each recorded accuracy lies within the range of the seeds, or 0.03 beside it."""
+    checks = []
+    for split, suffix in (("train", "tr"), ("test", "va")):
+        final = found.accuracies(split)[-1]
+        for group, name in enumerate(("maj", "min")):
+            value = expected["final"][f"{name}_{suffix}"]
+            checks.append(final[:, group].min() - 0.03 <= value <= final[:, group].max() + 0.03)
+    return all(checks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("noise", [0.5, 1.0])
+def test_over_twenty_seeds_the_toy_ends_where_the_reference_code_did_and_mat_is_above_erm(noise):
+    expected, seeds = recorded("toy_curves"), range(20)
+    toys = [gaussian_toy(noise, seed=seed, test_examples=1000) for seed in seeds]
+    train, watch = stacked(toys, "train"), {name: stacked(toys, name) for name in ("train", "test")}
+    descent = Descent(steps=1000, learning_rate=0.01, every=1000)
+    networks = make_copies(1800, 2, seeds, bias=False)
+    erm = train_copies(networks, train, descent, watch=watch)
+    twins = train_twins(train.features, train.labels, descent, seeds=seeds, bias=False, zero=False, balanced=False)
+    shift = logit_shift(twins.held_out, train.labels, 0.1)
+    mat = train_copies(networks, train, descent, shift=shift, watch=watch)
+    assert ends_near(erm, expected[f"ERM_sigma{noise}_lr0.01"])
+    assert ends_near(mat, expected[f"MAT_sigma{noise}_lr0.01_temp0.1"])
+    assert (mat.accuracies("test")[-1, :, 1] > erm.accuracies("test")[-1, :, 1]).all()
