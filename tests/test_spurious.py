@@ -299,7 +299,11 @@ def test_gradient_descent_on_the_toy_ends_where_the_reference_code_ended(noise, 
 def stacked(toys, name):
     """One split of several toys, for training them together; group 1 is the minority."""
     splits = [getattr(toy, name) for toy in toys]
-    return Grouped(*(torch.stack(parts) for parts in zip(*((s.images, s.labels, minority(s)) for s in splits), strict=True)))
+    return Grouped(
+        torch.stack([split.images for split in splits]),
+        torch.stack([split.labels for split in splits]),
+        torch.stack([minority(split) for split in splits]),
+    )
 
 
 def ends_near(found, expected):
