@@ -212,14 +212,10 @@ def fit_curves(
         torch.stack([getattr(each, name) for each in data])
         for name in ("inputs", "targets", "clean_inputs", "curve_inputs", "mixed_inputs")
     )
-    networks = make_copies(
-        inputs.shape[2], 1, seeds, hidden=[width, width], activation=nn.Tanh(), device=inputs.device
-    )
+    networks = make_copies(inputs.shape[2], 1, seeds, hidden=[width, width], activation=nn.Tanh(), device=inputs.device)
     descent = Descent(steps=steps, learning_rate=learning_rate, optimizer="adam")
     networks, taken = _train(networks, inputs, targets, descent, tolerance)
-    errors, clean_errors = (
-        (networks.logits(each)[..., 0] - targets).square().mean(1) for each in (inputs, clean)
-    )
+    errors, clean_errors = ((networks.logits(each)[..., 0] - targets).square().mean(1) for each in (inputs, clean))
     curves, mixed_curves = (networks.logits(each)[..., 0] for each in (curve, mixed))
     return Fits(networks, taken, errors, clean_errors, curves, mixed_curves, data[0].curve)
 

@@ -968,12 +968,14 @@ def decision_maps(
     axes = _panels(list(maps))
     for each, (title, found) in zip(axes, maps.items(), strict=False):
         shares = found.cpu().numpy()
-        image = each.imshow(shares, cmap="RdBu_r", vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", alpha=0.6)
+        image = each.imshow(
+            shares, cmap="RdBu_r", vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", alpha=0.6
+        )
         if shares.min() < 0.5 < shares.max():
             each.contour(shares, levels=[0.5], colors="black", linewidths=1.2, extent=extent)
         for label, (color, marker) in enumerate((("#0072B2", "o"), ("#D55E00", "s"))):
             own = points[title][points[title].label == label]
-            look = {"color": color, "markersize": 3, "markeredgecolor": "white", "markeredgewidth": 0.4}
+            look = {"color": color, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
             each.plot(own.x, own.y, marker, label=f"label {label}", **look)
         each.set(xlabel=labels[0], ylabel=labels[1], xlim=extent[:2], ylim=extent[2:])
         each.grid(visible=False)
@@ -1004,7 +1006,7 @@ def ridge_sweep(table: pd.DataFrame) -> Sequence[Axes]:
             axes.vlines(seen.index, seen["min"], seen["max"], color=color, alpha=0.4, linewidth=1)
         axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
         axes.set_xscale("log")
-    row[0].set(xlabel="noise σ", ylabel="minority accuracy, test (fraction)", ylim=(-0.02, 1.02))
+    row[0].set(xlabel="noise σ", ylabel="minority, test (fraction)", ylim=(-0.02, 1.02))
     row[1].axvline(1, color="black", linestyle=":", linewidth=1)
     row[1].set_xlabel("penalty over critical penalty, λ/λ*")
     _legend_below(row[0])

@@ -104,7 +104,9 @@ def test_data_that_cannot_be_are_refused(changes, message):
 
 def some(noises=(0.0, 0.1, 1.0), **changes):
     """Sets of points with more and more noise, which take fewer and fewer steps."""
-    return [regression(noise, seed=seed, **{"points": 6, "dimensions": 4} | changes) for seed, noise in enumerate(noises)]
+    return [
+        regression(noise, seed=seed, **{"points": 6, "dimensions": 4} | changes) for seed, noise in enumerate(noises)
+    ]
 
 
 def fit_alone(data, model, learning_rate, tolerance, steps):
