@@ -150,10 +150,11 @@ def test_errors_and_curves_are_those_of_the_networks_with_and_without_noise():
         row = table.iloc[copy]
         wrong = fits.curves[copy] - each.curve
         at_points = fits.curves[copy, each.positions] - each.targets
-        assert row.error == pytest.approx((fits.mixed_curves[copy, each.positions] - each.targets).square().mean())
-        assert row.clean_error == pytest.approx(at_points.square().mean(), rel=1e-4)
-        assert row.curve_error == pytest.approx(wrong.square().mean(), rel=1e-4)
-        assert row.largest_error == pytest.approx(wrong.abs().max(), rel=1e-4)
+        at_mixed = fits.mixed_curves[copy, each.positions] - each.targets
+        assert row.error == pytest.approx(at_mixed.square().mean().item(), rel=1e-4)
+        assert row.clean_error == pytest.approx(at_points.square().mean().item(), rel=1e-4)
+        assert row.curve_error == pytest.approx(wrong.square().mean().item(), rel=1e-4)
+        assert row.largest_error == pytest.approx(wrong.abs().max().item(), rel=1e-4)
     assert table.clean_error[0] == table.error[0]
     assert table.clean_error[1] > table.error[1]
 
