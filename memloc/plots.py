@@ -1071,7 +1071,7 @@ def error_dots(
             axes.set_xticks(range(len(kinds)), kinds)
             axes.set(ylabel=label, xlim=(-0.6, len(kinds) - 0.4))
             axes.set_title(title, fontsize=10)
-            axes.set_yscale("log")
+            _log_scale(axes)
     return list(grid.flat)
 
 
