@@ -975,8 +975,8 @@ def decision_maps(
             each.contour(shares, levels=[0.5], colors="black", linewidths=1.2, extent=extent)
         for label, (color, marker) in enumerate((("#0072B2", "o"), ("#D55E00", "s"))):
             own = points[title][points[title].label == label]
-            look = {"color": color, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
-            each.plot(own.x, own.y, marker, label=f"label {label}", **look)
+            (dots,) = each.plot(own.x, own.y, marker, color=color, label=f"label {label}", markersize=4.5)
+            dots.set(markeredgecolor="white", markeredgewidth=0.4)
         each.set(xlabel=labels[0], ylabel=labels[1], xlim=extent[:2], ylim=extent[2:])
         each.grid(visible=False)
     if maps:
