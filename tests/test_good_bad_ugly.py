@@ -102,8 +102,8 @@ def test_data_that_cannot_be_are_refused(changes, message):
         regression(**{"noise": 1e-3, "seed": 0} | changes)
 
 
-def some(noises=(0.0, 0.1, 1.0), **changes):
-    """Sets of points with more and more noise, which take fewer and fewer steps."""
+def some(noises=(1.0, 0.1, 0.0), **changes):
+    """Sets of points with less and less noise, which take more and more steps."""
     return [
         regression(noise, seed=seed, **{"points": 6, "dimensions": 4} | changes) for seed, noise in enumerate(noises)
     ]
