@@ -161,13 +161,6 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("noise_rate", float, "share of the labels that are made wrong", minimum=0, maximum=1),
         Parameter("input_noise", float, "standard deviation of each noise coordinate of the inputs", minimum=0),
         Parameter("other_input_noise", float, "another standard deviation to compare with", minimum=0),
-        Parameter(
-            "input_noises",
-            str,
-            "standard deviations of the noise coordinates to compare, commas between them",
-            minimum=0,
-            each=float,
-        ),
         Parameter("label_noise", float, "standard deviation of the noise on the targets", minimum=0),
         Parameter("dimensions", int, "noise coordinates of the inputs", minimum=1),
         Parameter("gamma", float, "factor of the spurious feature", minimum=0),
