@@ -1,4 +1,4 @@
-"""Compare ways to train where an attribute misleads: plain, weighted, subsampled, GroupDRO, MAT, JTT and DFR."""
+"""Compare ways to train where an attribute misleads: plain, weighted, subsampled, GroupDRO, MAT, JTT, DFR, controls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,8 @@ class Method:
     Attributes:
         how: ``"plain"``; ``"weights"``, each group counts alike; ``"subset"``, a random subset with equally many of
             each group; ``"priority"``, GroupDRO; ``"shift"``, MAT; ``"mistakes"``, those of a short training count more
-            (JTT); ``"head"``, the last layer is trained again, on validation examples whose groups count alike (DFR).
+            (JTT); ``"head"``, the last layer is trained again, on validation examples whose groups count alike (DFR);
+            ``"smoothing"`` and ``"dropout"``, controls that make memorizing harder and know of no groups.
         by: What the groups are: ``"class"``; ``"group"``, the true ones; ``"environment"``, inferred ones.
     """
 
@@ -33,6 +34,8 @@ class Method:
 
 METHODS = {
     "erm": Method(),
+    "label_smoothing": Method("smoothing"),
+    "dropout": Method("dropout"),
     "class_weights": Method("weights", "class"),
     "group_weights": Method("weights", "group"),
     "class_subset": Method("subset", "class"),
@@ -113,6 +116,8 @@ def compare(
     group_rate: float = 0.01,
     first_steps: int = 100,
     upweight: float = 20.0,
+    smoothing: float = 0.1,
+    dropout: float = 0.5,
 ) -> Comparison:
     """Train all copies by each of several methods, from the same initial weights.
 
@@ -132,6 +137,8 @@ def compare(
         group_rate: Step size of GroupDRO.
         first_steps: Of the training whose mistakes ``"jtt"`` takes.
         upweight: How much more these count.
+        smoothing: Of ``"label_smoothing"``, the share of each label that is spread over all classes.
+        dropout: Of ``"dropout"``, the probability of what the last layer sees to be switched off.
 
     Returns:
         The trainings, with a table.
@@ -191,6 +198,10 @@ def compare(
             return run(replace(train, groups=groups), group_rate=group_rate)
         if method.how == "shift":
             return run(shift=shift)
+        if method.how == "smoothing":
+            return run(smoothing=smoothing)
+        if method.how == "dropout":
+            return run(dropout=dropout)
         if method.how == "mistakes":
             short = replace(descent, steps=first_steps, every=first_steps)
             first = train_copies(copies, train, short, watch={"train": train})

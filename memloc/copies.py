@@ -74,16 +74,18 @@ class Copies:
         """All weights, then all biases."""
         return self.weights + self.biases
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, factors: Tensor | None = None) -> Tensor:
         """Compute logits.
 
         Args:
             features: Shape ``(N, D)``, or ``(F, N, D)`` for F sets of which each serves S / F copies in a row.
+            factors: Multiply what the last layer sees, as dropout does; of linear networks that is the features.
+                Shape ``(S, N, H)``; None for 1.
 
         Returns:
             Shape ``(S, N, K)``.
         """
-        return self._run(features, len(self.weights))
+        return self._run(features, len(self.weights), factors)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -96,12 +98,14 @@ class Copies:
         parts = features.split(_EVALUATED, -2)
         return torch.cat([self._run(part, len(self.weights) - 1) for part in parts], -2)
 
-    def _run(self, features: Tensor, layers: int) -> Tensor:
+    def _run(self, features: Tensor, layers: int, factors: Tensor | None = None) -> Tensor:
         """Apply the first layers; examples come last, so that copies that share inputs are one matrix product."""
         values = features.mT
         for layer, weight in enumerate(self.weights[:layers]):
             if layer:
                 values = self.activation(values)
+            if factors is not None and layer == len(self.weights) - 1:
+                values = values * factors.mT
             copies, outputs, inputs = weight.shape
             sets = () if values.ndim == 2 else (len(values),)
             values = (weight.view(*sets, -1, inputs) @ values).view(copies, outputs, -1)
@@ -311,12 +315,13 @@ def take(values: Tensor, indices: Tensor | None, shared: int) -> Tensor:
     return values[torch.arange(len(indices), device=indices.device)[:, None], indices]
 
 
-def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropies(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy of each example of each copy.
 
     Args:
         logits: Shape ``(S, B, K)``.
         labels: Int64, shape ``(S, B)``.
+        smoothing: Share of each label that is spread over all classes.
 
     Returns:
         In nats, shape ``(S, B)``.
@@ -325,7 +330,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
         >>> cross_entropies(torch.zeros(1, 2, 2), torch.tensor([[0, 1]]))
         tensor([[0.6931, 0.6931]])
     """
-    return F.cross_entropy(logits.mT, labels, reduction="none")
+    return F.cross_entropy(logits.mT, labels, reduction="none", label_smoothing=smoothing)
 
 
 def sum_by(groups: Tensor, values: Tensor, count: int | None = None) -> Tensor:

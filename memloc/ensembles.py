@@ -128,6 +128,8 @@ def train_copies(
     weights: Tensor | None = None,
     shift: Shift | None = None,
     group_rate: float | None = None,
+    smoothing: float = 0.0,
+    dropout: float = 0.0,
     watch: Mapping[str, Grouped] | None = None,
 ) -> Training:
     """Train all copies at once with cross-entropy, weighted by example or by group.
@@ -145,14 +147,17 @@ def train_copies(
             gives their shift, ``(S, B, K)`` (:func:`memloc.mat.batch_shift`).
         group_rate: Step size η of GroupDRO: group g counts q_g, and after each batch q_g grows by the factor
             exp(η · mean loss of the group in the batch). None for none; 0 counts all groups alike.
+        smoothing: Share of each label that is spread over all classes, from 0 to 1.
+        dropout: Probability of each value that the last layer sees to be switched off in a step, from 0 to below 1;
+            the others are divided by the rest. Of linear networks these values are the features.
         watch: Splits to evaluate, by name.
 
     Returns:
         The trained copies and what they predicted.
 
     Raises:
-        ValueError: If shapes do not fit, weights are negative or all 0 for a copy, or come with ``group_rate`` where
-            all examples are taken, because only one of the two can say what counts.
+        ValueError: If shapes do not fit, a number is out of range, weights are negative or all 0 for a copy, or come
+            with ``group_rate`` where all examples are taken, because only one of the two can say what counts.
 
     Source:
         GroupDRO: Sagawa et al. (2020), algorithm 1, with the mean loss of each group that is in the batch. The
@@ -172,6 +177,8 @@ def train_copies(
     share = _shares(copies, train, weights, shift)
     if group_rate is not None and not group_rate >= 0:
         raise ValueError(f"group_rate must be at least 0, got {group_rate}")
+    if not (0 <= smoothing <= 1 and 0 <= dropout < 1):
+        raise ValueError(f"smoothing must be from 0 to 1 and dropout from 0 to below 1, got {smoothing} and {dropout}")
     if group_rate is not None and weights is not None and descent.batch_size is None:
         raise ValueError("weights must be None with group_rate in full batches, got both: choose one, or a batch_size")
     watched = dict(watch or {})
@@ -180,18 +187,21 @@ def train_copies(
     labels, groups = (each.expand(len(copies), -1) for each in (train.labels, train.groups))
     priority = normalize((sum_by(groups, torch.ones_like(share)) > 0).float(), 1, 1)
     everything = torch.arange(len(train), device=share.device).expand_as(share)
+    draws = [generator(seed, "dropout") for seed in copies.seeds] if dropout else []
     evaluated = {0: _predict(copies, watched)}
     for step, indices in enumerate(_drawn(share, descent, copies.seeds), 1):
-        logits = copies(take(train.features, indices, 2))
+        size = len(train) if indices is None else indices.shape[1]
+        factors = _dropped(draws, (size, copies.weights[-1].shape[2]), dropout, share.device) if dropout else None
+        logits = copies(take(train.features, indices, 2), factors)
         if isinstance(shift, Tensor):
             logits = logits + take(shift, indices, 2)
         elif shift is not None:
             logits = logits + shift(everything if indices is None else indices)
-        losses = cross_entropies(logits, take(labels, indices, 1))
-        factors = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
+        losses = cross_entropies(logits, take(labels, indices, 1), smoothing)
+        counts = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
         if group_rate is not None:
-            priority, factors = _prioritise(priority, losses.detach(), take(groups, indices, 1), group_rate)
-        optimizer.step((losses * factors).sum())
+            priority, counts = _prioritise(priority, losses.detach(), take(groups, indices, 1), group_rate)
+        optimizer.step((losses * counts).sum())
         if step % descent.every == 0 or step == descent.steps:
             evaluated[step] = _predict(copies, watched)
     predictions = {name: torch.stack([found[name] for found in evaluated.values()]) for name in watched}
@@ -210,6 +220,12 @@ def _prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -
     mean = sum_by(groups, losses, priority.shape[1]) / count.clamp(min=1)
     priority = normalize(priority * (rate * mean).exp(), 1, 1)
     return priority, (priority / count.clamp(min=1)).gather(1, groups)
+
+
+def _dropped(draws: Sequence[torch.Generator], shape: tuple[int, int], rate: float, device: torch.device) -> Tensor:
+    """Draw the factors of dropout, each copy by its own generator, shape ``(S, B, H)``."""
+    kept = torch.stack([torch.rand(shape, generator=draw) >= rate for draw in draws])
+    return kept.to(device) / (1 - rate)
 
 
 def _predict(copies: Copies, watched: Mapping[str, Grouped]) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ __all__ = [
     "gradient_parts",
     "heat_maps",
     "learned_histogram",
+    "method_dots",
     "method_shares",
     "recovery",
     "recovery_panels",
@@ -1072,6 +1073,40 @@ def error_dots(
             axes.set(ylabel=label, xlim=(-0.6, len(kinds) - 0.4))
             axes.set_title(title, fontsize=10)
             _log_scale(axes)
+    return list(grid.flat)
+
+
+def method_dots(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
+    """Draw the accuracy of the worst group and the average of several methods.
+
+    Args:
+        tables: One row a method and seed: ``method``, ``average_accuracy`` and ``worst_group_accuracy`` (fractions), by
+            the title of the panel; none gives a panel that says so.
+
+    Returns:
+        The axes, two in a row, a line for each method: means over seeds, and for the worst group 95 % intervals.
+    """
+    if not tables:
+        return _panels([])
+    rows = -(-len(tables) // 2)
+    most = max(table.method.nunique() for table in tables.values())
+    size = (10.0 if len(tables) > 1 else 6.0, (1.2 + 0.27 * most) * rows)
+    grid = plt.subplots(rows, min(2, len(tables)), squeeze=False, figsize=size)[1]
+    for axes, (title, table) in zip(grid.flat, tables.items(), strict=False):
+        methods = list(table.method.unique())
+        worst = [interval(table.worst_group_accuracy[table.method == method]) for method in methods]
+        average = [table.average_accuracy[table.method == method].mean() for method in methods]
+        places, widths = range(len(methods)), np.nan_to_num([each.half_width for each in worst])
+        (color, _, marker), (other, _, hollow) = _KINDS[:2]
+        axes.errorbar([each.mean for each in worst], places, xerr=widths, fmt=marker, color=color, label="worst group")
+        axes.plot(average, places, hollow, color=other, markerfacecolor="none", label="average")
+        axes.set_yticks(places, methods)
+        axes.invert_yaxis()
+        axes.grid(axis="y", alpha=0.3)
+        axes.set(xlabel="accuracy (fraction)", xlim=(-0.03, 1.03), title=title)
+    for empty in list(grid.flat)[len(tables) :]:
+        empty.set_axis_off()
+    _legend_below(grid[0, 0])
     return list(grid.flat)
 
 

@@ -92,6 +92,13 @@ def test_mat_follows_the_shift_and_every_method_starts_alike(found):
     assert not torch.equal(found.trainings["mat"].copies.weights[0], found.trainings["erm"].copies.weights[0])
 
 
+def test_the_controls_are_plain_training_but_for_the_labels_or_the_dropout(found):
+    for method, how in (("label_smoothing", {"smoothing": 0.1}), ("dropout", {"dropout": 0.5})):
+        again = train_copies(make_copies(62, 2, SEEDS, zero=True), TRAIN, DESCENT, **how)
+        torch.testing.assert_close(found.trainings[method].copies.weights[0], again.copies.weights[0])
+        assert not torch.equal(again.copies.weights[0], found.trainings["erm"].copies.weights[0])
+
+
 def test_the_mistakes_of_a_short_training_count_more_in_jtt(found):
     start = make_copies(62, 2, SEEDS, zero=True)
     first = train_copies(start, TRAIN, replace(DESCENT, steps=30)).copies

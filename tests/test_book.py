@@ -349,6 +349,7 @@ VERDICTS = {
     "natural": "partly",
     "spurious": "partly",
     "good_bad_ugly": "partly",
+    "mat": "holds",
 }
 
 

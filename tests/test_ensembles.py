@@ -55,6 +55,34 @@ def test_weighted_and_shifted_training_is_that_of_a_loop_over_copies():
     assert_same(plain.copies, 0, by_hand(copies, 0, data, 8, 0.1, cross_entropy))
 
 
+def test_smoothed_labels_are_torch_s():
+    data, copies = examples(), make_copies(5, 3, [0], hidden=[4])
+    found = train_copies(copies, data, Descent(steps=8, learning_rate=0.3), smoothing=0.2)
+
+    def loss(logits, labels):
+        return cross_entropy(logits, labels, label_smoothing=0.2)
+
+    assert_same(found.copies, 0, by_hand(copies, 0, data, 8, 0.3, loss))
+
+
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_dropout_switches_off_what_the_last_layer_sees_and_scales_the_rest(hidden):
+    data, copies = examples(), make_copies(5, 3, [0, 1], hidden=hidden)
+    found = train_copies(copies, data, Descent(steps=1, learning_rate=0.3), dropout=0.25).copies
+    for copy in range(2):
+        state = {name: value.clone().requires_grad_() for name, value in copies.state(copy).items()}
+        *body, head = (nn.functional.linear,) * (len(hidden) + 1)
+        seen = data.features
+        for _ in body:
+            seen = nn.functional.relu(nn.functional.linear(seen, state["0.weight"], state["0.bias"]))
+        kept = torch.rand(seen.shape, generator=generator(copy, "dropout")) >= 0.25
+        last = f"{2 * len(hidden)}"
+        logits = head(seen * kept / 0.75, state[f"{last}.weight"], state[f"{last}.bias"])
+        cross_entropy(logits, data.labels).backward()
+        for name, value in state.items():
+            torch.testing.assert_close(found.state(copy)[name], (value - 0.3 * value.grad).detach())
+
+
 def test_group_dro_is_that_of_a_loop_over_groups():
     data = examples(groups=6)
     data = replace(data, groups=torch.where(data.groups == 2, 1, data.groups))  # a group without examples
@@ -100,17 +128,17 @@ def test_with_rate_0_groups_count_alike():
 
 @pytest.mark.usefixtures("global_generator_untouched")
 @pytest.mark.parametrize("batch_size", [None, 7])
-@pytest.mark.parametrize("group_rate", [None, 0.1])
-def test_a_copy_is_trained_as_it_would_be_alone(batch_size, group_rate):
+@pytest.mark.parametrize("how", [{}, {"group_rate": 0.1}, {"smoothing": 0.1, "dropout": 0.5}])
+def test_a_copy_is_trained_as_it_would_be_alone(batch_size, how):
     data = examples()
     together = train_copies(
         make_copies(5, 3, [0, 1, 1], hidden=[4]),
         data,
         Descent(steps=70, learning_rate=(0.1, 0.1, 0.3), batch_size=batch_size),
-        group_rate=group_rate,
+        **how,
     )
     descent = Descent(steps=70, learning_rate=0.3, batch_size=batch_size)
-    alone = train_copies(make_copies(5, 3, [1], hidden=[4]), data, descent, group_rate=group_rate)
+    alone = train_copies(make_copies(5, 3, [1], hidden=[4]), data, descent, **how)
     for ours, theirs in zip(together.copies.parameters, alone.copies.parameters, strict=True):
         torch.testing.assert_close(ours[2], theirs[0], rtol=1e-3, atol=1e-5)
         assert not torch.allclose(ours[1], ours[2])
@@ -223,6 +251,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
             train_copies(copies, data, descent, weights=bad)
     with pytest.raises(ValueError, match="group_rate must be at least 0, got -1"):
         train_copies(copies, data, descent, group_rate=-1)
+    for bad in ({"smoothing": 1.5}, {"dropout": 1.0}, {"smoothing": float("nan")}):
+        with pytest.raises(ValueError, match="smoothing must be from 0 to 1 and dropout from 0 to below 1, got"):
+            train_copies(copies, data, descent, **bad)
     with pytest.raises(ValueError, match="weights must be None with group_rate in full batches"):
         train_copies(copies, data, descent, group_rate=0.1, weights=torch.ones(60))
     with pytest.raises(ValueError, match="labels must be below 3"):

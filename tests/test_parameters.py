@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from memloc import datasets, dropout, evaluation, labelnoise, models, parameters, recipes, rewinding
+from memloc import datasets, dropout, evaluation, labelnoise, models, parameters, recipes, rewinding, spurious_images
 from memloc.parameters import PARAMETERS, ParameterError
 
 KNOWN = {"epochs": 20, "dataset": "digits", "noise_rate": 0.1, "examples": None, "augment": False}
@@ -149,6 +149,7 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
         ("schedule", recipes.SCHEDULES),
         ("precision", evaluation.PRECISIONS),
         ("batch_norm", rewinding.BATCH_NORM),
+        ("photographs", spurious_images.PHOTOGRAPHS),
     ],
 )
 def test_the_choices_are_those_of_the_package(name, choices):

@@ -458,6 +458,34 @@ def test_shares_of_several_runs_stand_side_by_side_and_one_seed_has_no_interval(
     assert drawn(axes[0])
 
 
+def test_methods_have_a_line_each_with_worst_group_interval_and_average():
+    rows = [
+        {
+            "method": method,
+            "seed": seed,
+            "average_accuracy": 0.9,
+            "worst_group_accuracy": 0.1 * (place + 1) + 0.1 * seed,
+        }
+        for place, method in enumerate(("plain", "mat"))
+        for seed in range(2)
+    ]
+    one, two, three, empty = plots.method_dots(dict.fromkeys(("digits", "mnist", "both"), pd.DataFrame(rows)))
+    assert [label.get_text() for label in one.get_yticklabels()] == ["plain", "mat"]
+    worst, average = one.get_lines()
+    assert list(worst.get_xdata()) == pytest.approx([0.15, 0.25])
+    assert list(average.get_xdata()) == pytest.approx([0.9, 0.9])
+    low, high = one.collections[0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(
+        (0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05), abs=1e-3
+    )  # Student's t, two seeds
+    assert (two.get_title(), three.get_title()) == ("mnist", "both")
+    assert not empty.axison
+    assert one.get_ylim()[0] > one.get_ylim()[1], "the first method is above"
+    single = pd.DataFrame(rows)[lambda table: table.seed == 0]
+    assert drawn(plots.method_dots({"one seed": single})[0])
+    assert plots.method_dots({})[0].texts[0].get_text() == "nothing to show yet"
+
+
 def sized(noisy: bool) -> pd.DataFrame:
     rows = [
         {"parameters": 10**power, "kind": kind, "seed": seed, "test_accuracy": 0.1 * power + late, "radius": 1.0,
