@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from memloc import datasets, dropout, labelnoise, models, runs
+from memloc import datasets, dropout, labelnoise, models, runs, spurious_images
 from memloc.evaluation import PRECISIONS
 
 __all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
@@ -78,10 +78,18 @@ class Recipe(Settings):
 
     Attributes:
         dataset: One of :data:`memloc.sources.NAMES`.
-        size: Height and width to which the images are resized; None leaves them.
+        attribute: What goes along with the label without being its reason: one of
+            :data:`memloc.spurious_images.ATTRIBUTES`, or ``"none"``. With one, the data are grouped and of two classes,
+            digits from 5 and below 5.
+        correlation: Share of the training examples whose attribute is the label, on photographs.
+        opacity: Of the digits on photographs, above 0.
+        size: Height and width to which the images are resized; None leaves them (digits with an attribute are then of
+            14 pixels in colour and 32 on photographs).
         examples: The first so many training examples; None takes all.
         noise: One of :data:`memloc.labelnoise.KINDS`.
-        noise_rate: Share of the training labels that are replaced.
+        noise_rate: Share of the training labels that are replaced. The group of an example is that of the label it is
+            trained on. Coloured digits allow none: a share of their labels is wrong already, and noise starts from the
+            true ones.
         model: One of :data:`memloc.models.NAMES`.
         width: Scale of the network; None takes the network's own default.
         dropout: One of :data:`memloc.dropout.KINDS`.
@@ -96,6 +104,9 @@ class Recipe(Settings):
     """
 
     dataset: str = "digits"
+    attribute: str = "none"
+    correlation: float = 0.95
+    opacity: float = 1.0
     size: int | None = None
     examples: int | None = None
     noise: str = "flip"
@@ -114,13 +125,19 @@ class Recipe(Settings):
         check_one_of("noise", self.noise, labelnoise.KINDS)
         check_one_of("model", self.model, models.NAMES)
         check_one_of("dropout", self.dropout, dropout.KINDS)
+        check_one_of("attribute", self.attribute, ("none", *spurious_images.ATTRIBUTES))
         if not isinstance(self.dropout_places, str):
             raise ValueError(f"dropout_places must be a text such as 'all', got {self.dropout_places!r}")
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate"):
+        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate", "correlation", "opacity"):
             self._take_number(name, "a fraction from 0 to 1", 1.0)
+        if self.attribute == "colour" and (self.noise_rate or self.noise != "flip"):
+            got = f"{self.noise_rate} and {self.noise!r}"
+            raise ValueError(
+                f"noise_rate must be 0 and noise 'flip' for coloured digits, whose labels are noisy already, got {got}"
+            )
 
     @property
     def address(self) -> str:

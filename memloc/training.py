@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from memloc import datasets, dropout, labelnoise, models, runs
+from memloc import datasets, dropout, labelnoise, models, runs, spurious_images
 from memloc.datasets import Data
 from memloc.evaluation import autocast, evaluate
 from memloc.observers import Batch, Observer
@@ -311,13 +311,21 @@ def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
         device: Where the tensors go; ``"auto"`` takes a GPU where there is one.
 
     Returns:
-        Training examples with noisy labels, test examples as they are.
+        Training examples with noisy labels, test examples as they are. A :class:`memloc.groups.GroupedData` where the
+        recipe has an attribute.
 
     Raises:
+        ValueError: If the data set can have no attribute, or not the noise.
         FileNotFoundError: If the data are not on this machine; the message has the command that gets them.
     """
-    target = pick_device(str(device))
-    data = datasets.load(recipe.dataset, size=recipe.size, examples=recipe.examples, device=target)
+    which: dict[str, Any] = {"size": recipe.size, "examples": recipe.examples, "device": pick_device(str(device))}
+    if recipe.attribute == "none":
+        data = datasets.load(recipe.dataset, **which)
+    else:
+        which |= {"seed": recipe.seed, "correlation": recipe.correlation, "opacity": recipe.opacity}
+        data = spurious_images.load(recipe.dataset, recipe.attribute, **which)
+        if recipe.attribute == "colour":
+            return data  # its wrong labels are to stay, and noise would start from the true ones
     return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed)
 
 

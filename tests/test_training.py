@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from memloc import datasets, evaluation, labelnoise, models, observers, runs, training
+from memloc import datasets, evaluation, labelnoise, models, observers, runs, spurious_images, training
 from memloc.randomness import seeded
 from memloc.recipes import VERSION, Recipe, Settings, learning_rate
 from memloc.training import fit, train
@@ -459,6 +459,47 @@ def test_accuracies_over_no_examples_are_nan_in_every_history(noise_rate, missin
     for history in (fitted, trained):
         assert set(history.dtypes.astype(str)) == {"int64", "float64"}
         assert [name for name in ("clean", "noisy", "restored") if history[f"{name}_accuracy"].isna().all()] == missing
+
+
+@pytest.mark.parametrize("chosen", [{"attribute": "colour", "noise_rate": 0}, {"attribute": "samples", "size": 8}])
+def test_data_with_an_attribute_are_trained_on_like_any_other(chosen):
+    recipe = Recipe(**QUICK | chosen, seed=3)
+    run, data = fit(recipe, observers=[observers.Predictions()]), training.prepare(recipe)
+    made = spurious_images.load("digits", recipe.attribute, seed=3, size=recipe.size, examples=64)
+    assert torch.equal(data.train.images, made.train.images)
+    assert torch.equal(data.validation.attributes, made.validation.attributes)
+    model = models.build(
+        "small_cnn", in_channels=made.train.images.shape[1], size=made.train.images.shape[2], num_classes=2, width=4,
+        seed=3,
+    )  # fmt: skip
+    train(model, data, recipe)
+    assert same(weights(training.load_model(run)), weights(model))
+    assert run.table("predictions")["predictions"].shape == (4, 64)
+
+
+def test_coloured_digits_keep_the_wrong_labels_that_they_bring():
+    data = training.prepare(Recipe(attribute="colour", noise_rate=0))
+    assert data.train.noise_mask.double().mean() > 0.2
+    assert torch.equal(data.train.noise_mask, data.train.labels != data.train.true_labels)
+
+
+def test_noise_on_grouped_data_replaces_labels_and_keeps_attributes_and_the_other_splits():
+    clean, noisy = (
+        training.prepare(Recipe(attribute="samples", size=8, noise_rate=rate, correlation=0.8)) for rate in (0.0, 0.25)
+    )
+    assert noisy.train.noise_mask.sum() == 270
+    assert torch.equal(noisy.train.labels ^ noisy.train.noise_mask, clean.train.labels)
+    assert torch.equal(noisy.train.attributes, clean.train.attributes)
+    assert torch.equal(noisy.train.groups, 2 * noisy.train.labels + clean.train.attributes)
+    assert torch.equal(noisy.validation.groups, clean.validation.groups)
+    assert (clean.train.attributes != clean.train.labels).sum() == int((1 - 0.8) * 1080)
+
+
+def test_data_that_can_have_no_attribute_are_refused():
+    with pytest.raises(ValueError, match="labels are of cifar10, got digits on samples"):
+        training.prepare(Recipe(attribute="samples", noise="human-worse"))
+    with pytest.raises(ValueError, match=r"opacity must be above 0 and at most 1, got 0.0"):
+        training.prepare(Recipe(attribute="samples", opacity=0))
 
 
 class Interrupted(Exception):
