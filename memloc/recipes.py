@@ -3,17 +3,20 @@
 import math
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from memloc import datasets, dropout, labelnoise, models, runs, spurious_images
 from memloc.evaluation import PRECISIONS
 
-__all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
+__all__ = ["LOSSES", "SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
 
 VERSION = 1
 """Part of every run's address, raised whenever the same recipe would give other weights."""
 
 SCHEDULES = ("cosine", "triangle")
+
+LOSSES = ("cross_entropy", "xrm", "mat")
+"""What a recipe can train by: cross-entropy, cross-risk minimization of two networks, memorization-aware training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,11 @@ class Recipe(Settings):
         p_gen: Share of generalization channels of example-tied dropout.
         p_mem: Probability of its memorization channels.
         dropout_rate: Probability of the other dropouts to switch something off.
+        loss: One of :data:`LOSSES`. With ``"xrm"`` the run is of a :class:`memloc.pairs.Pair` of such networks; with
+            ``"mat"`` it is of one network, and takes the held-out predictions of the pair of the same recipe, which is
+            trained first and kept as a run of its own (:attr:`pair`).
+        temperature: Of held-out predictions with ``"mat"``, above 0 (:func:`memloc.mat.logit_shift`).
+        label_smoothing: Share of each label that is spread evenly over all classes, with ``"cross_entropy"``.
 
     Example:
         >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
@@ -118,6 +126,9 @@ class Recipe(Settings):
     p_gen: float = 0.2
     p_mem: float = 0.1
     dropout_rate: float = 0.5
+    loss: str = "cross_entropy"
+    temperature: float = 0.1
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,8 +142,15 @@ class Recipe(Settings):
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate", "correlation", "opacity"):
+        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate", "correlation", "opacity", "label_smoothing"):
             self._take_number(name, "a fraction from 0 to 1", 1.0)
+        check_one_of("loss", self.loss, LOSSES)
+        self._take_number("temperature", "a finite number above 0", sys.float_info.max)
+        if self.temperature == 0:
+            raise ValueError("temperature must be a finite number above 0, got 0.0")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            got = f"{self.label_smoothing} with {self.loss!r}"
+            raise ValueError(f"label_smoothing must be 0 for any loss but 'cross_entropy', got {got}")
         if self.attribute == "colour" and (self.noise_rate or self.noise != "flip"):
             got = f"{self.noise_rate} and {self.noise!r}"
             raise ValueError(
@@ -144,6 +162,16 @@ class Recipe(Settings):
         """The name under which :func:`memloc.training.fit` keeps the run."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return runs.address(chosen, VERSION)
+
+    @property
+    def pair(self) -> "Recipe":
+        """The recipe of the pair whose held-out predictions ``loss="mat"`` takes; all temperatures share it.
+
+        Example:
+            >>> Recipe(loss="mat", seed=3, temperature=0.01).pair == Recipe(loss="xrm", seed=3)
+            True
+        """
+        return replace(self, loss="xrm", temperature=Recipe.temperature, label_smoothing=0.0)
 
 
 def _check_at_least(name: str, value: object, least: int) -> None:

@@ -49,6 +49,15 @@ def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
         ({"correlation": 95}, "correlation must be a fraction from 0 to 1, got 95"),
         ({"opacity": -0.5}, "opacity must be a fraction from 0 to 1, got -0.5"),
         ({"attribute": "colour"}, "noise_rate must be 0 and noise 'flip' for coloured digits, .*, got 0.1 and 'flip'"),
+        ({"loss": "MAT"}, "loss must be one of cross_entropy, xrm, mat, got 'MAT'"),
+        ({"temperature": 0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": -1}, "temperature must be a finite number above 0, got -1"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
+        ({"label_smoothing": 10}, "label_smoothing must be a fraction from 0 to 1, got 10"),
+        (
+            {"loss": "mat", "label_smoothing": 0.1},
+            "label_smoothing must be 0 for any loss but 'cross_entropy', got 0.1 with 'mat'",
+        ),
         (
             {"attribute": "colour", "noise_rate": 0, "noise": "human-worse"},
             "noise_rate must be 0 and noise 'flip' for coloured digits, .*, got 0.0 and 'human-worse'",
@@ -68,7 +77,8 @@ def test_what_decides_a_training_decides_its_address():
     numerics = {"precision": "bf16", "channels_last": True, "compile": True}
     dropout = {"dropout": "tied", "dropout_places": "after0", "p_gen": 0.5, "p_mem": 0.5, "dropout_rate": 0.1}
     spurious = {"attribute": "samples", "correlation": 0.8, "opacity": 0.5}
-    other = data | network | optimizer | loop | numerics | dropout | spurious
+    loss = {"loss": "mat", "temperature": 0.01, "label_smoothing": 0.1}
+    other = data | network | optimizer | loop | numerics | dropout | spurious | loss
     assert set(other) == {field.name for field in fields(Recipe)}
     addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
     assert len(addresses) == len(other) + 1
@@ -87,6 +97,7 @@ def test_the_defaults_are_part_of_what_every_address_means():
         "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
         "seed": 0, "dropout": "none", "dropout_places": "all", "p_gen": 0.2, "p_mem": 0.1, "dropout_rate": 0.5,
         "attribute": "none", "correlation": 0.95, "opacity": 1.0,
+        "loss": "cross_entropy", "temperature": 0.1, "label_smoothing": 0.0,
     }  # fmt: skip
 
 
