@@ -91,8 +91,8 @@ class Pair(nn.Module):
         The loss that both networks follow is the cross-entropy of each example's own network, against the flipped
         labels, averaged over the examples of each class of the batch and summed over these classes. As :func:`train
         <memloc.training.train>` follows the mean of what it is given, each example's share of that sum is multiplied
-        by the size of the batch; a class that a batch lacks counts nothing in it. So with K classes in a batch a step is
-        about K times as long as one of the mean cross-entropy with the same learning rate.
+        by the size of the batch; a class that a batch lacks counts nothing in it. So with K classes in a batch a step
+        is about K times as long as one of the mean cross-entropy with the same learning rate.
 
         Then each example takes over the class that the other network predicts for it, in this step's forward pass, with
         the probability of :func:`memloc.twins.flip_probability`.
