@@ -21,7 +21,8 @@ def network(tiny, seed, model="mlp", **options):
 
 def make(tiny, seed=0, **options):
     """Two networks with initial weights of their own."""
-    return Pair(*(network(tiny, derive(seed, twin), **options) for twin in "AB"), tiny.train.labels, seed)
+    pair = Pair(*(network(tiny, derive(seed, twin), **options) for twin in "AB"), tiny.train.labels, seed)
+    return pair.to(tiny.train.labels.device)
 
 
 def fitted(tiny, settings=QUICK, **options):
@@ -119,6 +120,17 @@ def test_the_mean_of_the_losses_is_the_sum_of_the_means_of_the_classes_there_are
         each = F.cross_entropy(own, labels[indices], reduction="none")
         means = [each[labels[indices] == label].mean() for label in labels[indices].unique()]
         torch.testing.assert_close(losses.mean(), sum(means))
+
+
+def test_logits_of_low_precision_have_the_loss_and_the_flips_of_full_precision():
+    labels, logits = torch.arange(64) % 3, torch.randn(64, 2, 3).bfloat16()
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        pair = Pair(Constant(0.0, 0.0, 0.0), Constant(1.0, 0.0, 0.0), labels)
+        found[dtype] = pair.loss(logits.to(dtype), batch(torch.arange(64), labels)), pair.flipped_labels
+    for low, full in zip(*found.values(), strict=True):
+        assert low.dtype == full.dtype
+        assert torch.equal(low, full)
 
 
 def test_only_its_own_half_moves_a_network(tiny):
