@@ -1,11 +1,14 @@
 import copy
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memloc import datasets, dropout, evaluation, models, observers, training
+from memloc import datasets, dropout, evaluation, models, observers, pairs, training
 from memloc.observers import Batch
 from memloc.pairs import Pair, cross_mistakes, environments, held_out_logits
 from memloc.randomness import derive, generator, seeded
@@ -107,6 +110,33 @@ def test_a_pair_learns_and_flips_as_the_definition_says(tiny, num_classes):
     for ours, theirs in zip((pair.first, pair.second), twins, strict=True):
         for name, value in theirs.named_parameters():
             torch.testing.assert_close(ours.get_parameter(name), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_recorded_flips_give_the_weights_and_mistakes_of_the_reference_code(monkeypatch):
+    folder = os.environ.get("MEMLOC_REFDATA")
+    if not folder:
+        pytest.skip("MEMLOC_REFDATA is not set: tests against the reference code need its recorded results")
+    recorded = np.load(Path(folder) / "xrm_mat_synthetic.npz")
+    data = {name: torch.from_numpy(recorded[name]) for name in recorded}
+    images, labels = data["x_tr"][:, None, None], data["y_tr"].long()
+    flips = iter(torch.from_numpy(np.unpackbits(recorded["flips_packed"], axis=1)[:, :800]))
+    twins = [nn.Sequential(nn.Flatten(), nn.Linear(40, 2, bias=False)) for _ in "AB"]
+    pair = Pair(*twins, labels)
+    for parameter in pair.parameters():
+        nn.init.zeros_(parameter)
+    pair.assignment.copy_(data["assign_a"].flatten().bool())
+    monkeypatch.setattr(pairs, "flip_probability", lambda held_out: (next(flips).float(), held_out.argmax(1)))
+    optimizer = torch.optim.SGD(pair.parameters(), lr=0.01)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        pair.loss(pair(images), batch(torch.arange(800), labels)).mean().backward()
+        optimizer.step()
+    for ours, theirs in zip((pair.first, pair.second), ("W_a", "W_b"), strict=True):
+        torch.testing.assert_close(ours[1].weight.data, data[theirs], rtol=0, atol=1e-6)
+    torch.testing.assert_close(held_out_logits(pair, images), data["ho_logits"], rtol=0, atol=1e-5)
+    assert torch.equal(cross_mistakes(pair, images, labels), data["cross_mistake_tr"].bool())
+    validation = data["x_va"][:, None, None], data["y_va"].long()
+    assert torch.equal(cross_mistakes(pair, *validation), data["cross_mistake_va"].bool())
 
 
 def test_the_mean_of_the_losses_is_the_sum_of_the_means_of_the_classes_there_are():
