@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,17 @@ from memloc import datasets
 from memloc.groups import GroupedData, GroupedSplit, grouped
 from memloc.randomness import generator
 from memloc.sources import check_name
-from memloc.spurious import correlated_attributes
 
-__all__ = ["COLOURINGS", "PHOTOGRAPHS", "Colouring", "coloured_digits", "digits_on_photographs"]
+__all__ = ["ATTRIBUTES", "COLOURINGS", "PHOTOGRAPHS", "Colouring", "coloured_digits", "digits_on_photographs", "load"]
 
 _CLASSES = ("5 to 9", "0 to 4")
 _SCENES = ("airplane", "ship"), ("deer", "frog")  # classes of CIFAR-10
 
 PHOTOGRAPHS: Mapping[str, tuple[str, str]] = {"samples": ("flower", "temple"), "cifar10": ("sky and sea", "land")}
 """Where :func:`digits_on_photographs` takes its backgrounds from, and the names of their two kinds."""
+
+ATTRIBUTES = ("colour", *PHOTOGRAPHS)
+"""What :func:`load` lets go along with the label: the digit's colour, or the kind of photograph it is on."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def digits_on_photographs(
     if not 0 < opacity <= 1:
         raise ValueError(f"opacity must be above 0 and at most 1, got {opacity}")
     check_name(photographs, PHOTOGRAPHS)
+    from memloc.spurious import correlated_attributes  # not above: it brings scipy.stats, which takes a second
+
     splits = _digits(name, size, examples, root)
     kinds = _samples(size) if photographs == "samples" else _scenes(size, root)
 
@@ -194,6 +199,53 @@ def digits_on_photographs(
     train, validation, test = (paint(split, *parts) for split, parts in splits.items())
     title = f"{name} on {photographs}"
     return GroupedData(title, _CLASSES, train, test, validation, PHOTOGRAPHS[photographs]).to(device)
+
+
+def load(
+    name: str,
+    attribute: str,
+    *,
+    seed: int,
+    size: int | None = None,
+    examples: int | None = None,
+    correlation: float = 0.95,
+    opacity: float = 1.0,
+    device: torch.device | str = "cpu",
+    root: str | os.PathLike[str] | None = None,
+) -> GroupedData:
+    """Make one of the data sets with a spurious attribute by name, as recipes do.
+
+    Args:
+        name: A data set of ten classes in grey, e.g. ``"digits"`` or ``"mnist"``.
+        attribute: One of :data:`ATTRIBUTES`. ``"colour"`` gives :func:`coloured_digits` with the colouring ``"color"``,
+            ``"samples"`` and ``"cifar10"`` give :func:`digits_on_photographs` of that kind.
+        seed: Decides the attributes, and what they look like.
+        size: Side of the images in pixels; None takes 14 for colours and 32 on photographs.
+        examples: Take only the first so many training examples; by default all of them.
+        correlation: Share of the training examples whose attribute is the label, on photographs; colours have shares
+            of their own.
+        opacity: Of the digits on photographs.
+        device: Where the tensors go.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: If an argument is out of range, or the data set is not of ten classes in grey.
+        FileNotFoundError: If the data are not on this machine.
+
+    Example:
+        >>> load("digits", "samples", seed=0, examples=100).name
+        'digits on samples'
+    """
+    check_name(attribute, ATTRIBUTES)
+    which: dict[str, Any] = {"seed": seed, "examples": examples, "device": device, "root": root}
+    if size is not None:
+        which["size"] = size
+    if attribute == "colour":
+        return coloured_digits(name, **which)
+    return digits_on_photographs(name, attribute, correlation=correlation, opacity=opacity, **which)
 
 
 def _digits(

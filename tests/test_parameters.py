@@ -150,6 +150,8 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
         ("precision", evaluation.PRECISIONS),
         ("batch_norm", rewinding.BATCH_NORM),
         ("photographs", spurious_images.PHOTOGRAPHS),
+        ("attribute", ("none", *spurious_images.ATTRIBUTES)),
+        ("loss", recipes.LOSSES),
     ],
 )
 def test_the_choices_are_those_of_the_package(name, choices):

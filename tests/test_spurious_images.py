@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from memloc import datasets
-from memloc.spurious_images import COLOURINGS, Colouring, coloured_digits, digits_on_photographs
+from memloc.spurious_images import COLOURINGS, Colouring, coloured_digits, digits_on_photographs, load
 
 SPLITS = ("train", "validation", "test")
 
@@ -239,6 +239,22 @@ def test_cifar_backgrounds_are_the_images_of_their_kinds_classes_and_each_split_
 def test_compositions_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         digits_on_photographs(**{"seed": 0} | changes)
+
+
+def test_data_are_made_by_the_name_of_their_attribute(coloured):
+    def same(one, other):
+        assert (one.name, one.attribute_names) == (other.name, other.attribute_names)
+        for split, twin in ((getattr(one, name), getattr(other, name)) for name in SPLITS):
+            assert torch.equal(split.images, twin.images)
+            assert torch.equal(split.groups, twin.groups)
+
+    same(load("digits", "colour", seed=0), coloured)
+    same(load("digits", "colour", seed=3, size=8), coloured_digits("digits", seed=3, size=8))
+    chosen = {"seed": 3, "size": 16, "examples": 50, "correlation": 0.7, "opacity": 0.4}
+    same(load("digits", "samples", **chosen), digits_on_photographs("digits", "samples", **chosen))
+    assert load("digits", "samples", seed=0, examples=5).train.images.shape == (5, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"name must be one of colour, samples, cifar10, got 'color' .* colour"):
+        load("digits", "color", seed=0)
 
 
 def test_missing_photographs_are_one_line_with_the_command(tmp_path):
