@@ -42,6 +42,7 @@ __all__ = [
     "gradient_norms",
     "gradient_panels",
     "gradient_parts",
+    "group_bars",
     "heat_maps",
     "learned_histogram",
     "method_dots",
@@ -743,16 +744,7 @@ def accuracy_bars(table: pd.DataFrame, axes: Axes | None = None) -> Axes:
         The axes: a bar for the mean over seeds, a dot for each seed.
     """
     new = plt.subplots(figsize=(8.4, 3.8))[1] if axes is None else axes
-    networks = list(table.network.unique())
-    width = 0.8 / len(_CURVES)
-    for number, ((column, (label, color, _, _)), hatch) in enumerate(zip(_CURVES.items(), _HATCHES, strict=True)):
-        place = np.arange(len(networks)) + (number - (len(_CURVES) - 1) / 2) * width
-        means = table.groupby("network")[column].mean().loc[networks]
-        new.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
-        where = [place[networks.index(network)] for network in table.network]
-        new.plot(where, table[column], "o", color="black", markersize=2)
-    new.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
-    new.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
+    _draw_bars(table, {column: (label, color) for column, (label, color, _, _) in _CURVES.items()}, new)
     if axes is None:
         _legend_below(new)
     return new
@@ -1108,6 +1100,43 @@ def method_dots(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
         empty.set_axis_off()
     _legend_below(grid[0, 0])
     return list(grid.flat)
+
+
+def group_bars(tables: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> Sequence[Axes]:
+    """Draw accuracies of several networks, or of one network under several treatments, side by side.
+
+    Args:
+        tables: A row for each network and seed: ``network`` (what the reader sees), ``seed`` and the accuracies, by the
+            title of the panel; none gives a panel that says so.
+        columns: What each accuracy is called, by its column; four at most.
+
+    Returns:
+        The axes, one a table, one below the other: a bar for the mean over seeds, a dot for each seed.
+    """
+    if not tables:
+        return _panels([])
+    size = (8.4, 0.6 + 3.2 * len(tables))
+    below = plt.subplots(len(tables), 1, figsize=size, squeeze=False)[1][:, 0]
+    looks = {column: (label, color) for (column, label), (color, _, _) in zip(columns.items(), _KINDS, strict=False)}
+    for axes, (title, table) in zip(below, tables.items(), strict=True):
+        _draw_bars(table, looks, axes)
+        axes.set_title(title)
+    _legend_below(below[0])
+    return list(below)
+
+
+def _draw_bars(table: pd.DataFrame, looks: Mapping[str, tuple[str, str]], axes: Axes) -> None:
+    """Draw for each network and each accuracy a bar for the mean over seeds and a dot for each seed."""
+    networks = list(table.network.unique())
+    width = 0.8 / len(looks)
+    for number, ((column, (label, color)), hatch) in enumerate(zip(looks.items(), _HATCHES, strict=False)):
+        place = np.arange(len(networks)) + (number - (len(looks) - 1) / 2) * width
+        means = table.groupby("network")[column].mean().loc[networks]
+        axes.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+        where = [place[networks.index(network)] for network in table.network]
+        axes.plot(where, table[column], "o", color="black", markersize=2)
+    axes.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
 
 
 def _phases(table: pd.DataFrame) -> pd.DataFrame:

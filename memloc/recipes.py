@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
-from memloc import datasets, dropout, labelnoise, models, runs, spurious_images
+from memloc import datasets, fairdropout, labelnoise, models, runs, spurious_images
 from memloc.evaluation import PRECISIONS
 
 __all__ = ["LOSSES", "SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
@@ -95,10 +95,10 @@ class Recipe(Settings):
             true ones.
         model: One of :data:`memloc.models.NAMES`.
         width: Scale of the network; None takes the network's own default.
-        dropout: One of :data:`memloc.dropout.KINDS`.
+        dropout: One of :data:`memloc.fairdropout.KINDS`.
         dropout_places: Where it is, names of :func:`memloc.dropout.slots` with commas between them; ``"all"`` for all.
         p_gen: Share of generalization channels of example-tied dropout.
-        p_mem: Probability of its memorization channels.
+        p_mem: Probability of its memorization channels, or their share for each example with ``"fair"``.
         dropout_rate: Probability of the other dropouts to switch something off.
         loss: One of :data:`LOSSES`. With ``"xrm"`` the run is of a :class:`memloc.pairs.Pair` of such networks; with
             ``"mat"`` it is of one network, and takes the held-out predictions of the pair of the same recipe, which is
@@ -135,7 +135,7 @@ class Recipe(Settings):
         check_one_of("dataset", self.dataset, datasets.NAMES)
         check_one_of("noise", self.noise, labelnoise.KINDS)
         check_one_of("model", self.model, models.NAMES)
-        check_one_of("dropout", self.dropout, dropout.KINDS)
+        check_one_of("dropout", self.dropout, fairdropout.KINDS)
         check_one_of("attribute", self.attribute, ("none", *spurious_images.ATTRIBUTES))
         if not isinstance(self.dropout_places, str):
             raise ValueError(f"dropout_places must be a text such as 'all', got {self.dropout_places!r}")

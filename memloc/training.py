@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from memloc import datasets, dropout, labelnoise, models, runs, spurious_images
+from memloc import datasets, dropout, fairdropout, labelnoise, models, runs, spurious_images
 from memloc.datasets import Data
 from memloc.evaluation import autocast, evaluate
 from memloc.mat import MATLoss
@@ -339,16 +339,13 @@ def _build(recipe: Recipe, shape: Mapping[str, int], examples: int | None, label
         first, second = (_build(twin, shape, examples) for twin in alone)
         return Pair(first, second, torch.zeros(examples or 0).long() if labels is None else labels, recipe.seed)
     model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
-    return dropout.insert(
-        model,
-        recipe.dropout,
-        places=None if recipe.dropout_places == "all" else recipe.dropout_places.split(","),
-        count=examples,
-        p_gen=recipe.p_gen,
-        p_mem=recipe.p_mem,
-        rate=recipe.dropout_rate,
-        seed=recipe.seed,
-    )
+    places = list(dropout.slots(model)) if recipe.dropout_places == "all" else recipe.dropout_places.split(",")
+    tied: dict[str, Any] = {"count": examples, "p_gen": recipe.p_gen, "p_mem": recipe.p_mem, "seed": recipe.seed}
+    if recipe.dropout == "fair":
+        for place in places:
+            fairdropout.insert(model, place, **tied)
+        return model
+    return dropout.insert(model, recipe.dropout, places=places, rate=recipe.dropout_rate, **tied)
 
 
 def _loss(recipe: Recipe, model: nn.Module, data: Data, progress: bool | None) -> Loss:

@@ -143,7 +143,7 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
     [
         ("dataset", datasets.NAMES),
         ("noise", labelnoise.KINDS),
-        ("dropout", dropout.KINDS),
+        ("dropout", fairdropout.KINDS),
         ("model", models.NAMES),
         ("other_model", models.NAMES),
         ("schedule", recipes.SCHEDULES),
