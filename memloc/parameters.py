@@ -184,7 +184,9 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("noiseless_learning_rate", float, "learning rate where inputs have no noise", minimum=0),
         Parameter("widths", str, "widths to compare, commas between them", minimum=1, each=int),
         Parameter("layer", str, "the module whose output is measured, by its name in the network"),
-        Parameter("dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed", "fair")),
+        Parameter(
+            "dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed", "fair")
+        ),
         Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere"),
         Parameter("p_gen", float, "share of generalization channels", minimum=0, maximum=1),
         Parameter("p_mem", float, "probability of a memorization channel", minimum=0, maximum=1),

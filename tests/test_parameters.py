@@ -3,7 +3,17 @@ import typing
 
 import pytest
 
-from memloc import datasets, dropout, evaluation, labelnoise, models, parameters, recipes, rewinding, spurious_images
+from memloc import (
+    datasets,
+    evaluation,
+    fairdropout,
+    labelnoise,
+    models,
+    parameters,
+    recipes,
+    rewinding,
+    spurious_images,
+)
 from memloc.parameters import PARAMETERS, ParameterError
 
 KNOWN = {"epochs": 20, "dataset": "digits", "noise_rate": 0.1, "examples": None, "augment": False}

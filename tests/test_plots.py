@@ -651,3 +651,21 @@ def test_errors_of_one_seed_stand_in_the_middle_and_none_say_so():
     (axes,) = plots.error_dots({"digits": table}, {"error": "mean"})
     assert list(axes.get_lines()[0].get_xdata()) == [0]
     assert plots.error_dots({}, {"error": "mean"})[0].texts[0].get_text() == "nothing to show yet"
+
+
+def test_accuracies_of_groups_are_bars_of_means_with_a_dot_for_each_seed():
+    rows = [
+        {"network": network, "seed": seed, "worst": worst + seed / 10, "average": 0.9}
+        for network, worst in (("plain", 0.2), ("fair", 0.4)) for seed in (0, 2)
+    ]  # fmt: skip
+    columns = {"worst": "worst group", "average": "mean of the groups"}
+    axes = plots.group_bars({"digits": pd.DataFrame(rows), "more": pd.DataFrame(rows)}, columns)
+    assert [each.get_title() for each in axes] == ["digits", "more"]
+    assert [bar.get_height() for bar in axes[0].patches] == pytest.approx([0.3, 0.5, 0.9, 0.9])
+    dots = axes[0].get_lines()[0]
+    assert list(dots.get_ydata()) == pytest.approx([0.2, 0.4, 0.4, 0.6])
+    assert list(dots.get_xdata()) == pytest.approx([-0.2, -0.2, 0.8, 0.8])
+    assert len({bar.get_hatch() for bar in axes[0].patches}) == 2
+    assert [text.get_text() for text in axes[0].get_figure().legends[0].texts] == list(columns.values())
+    assert drawn(axes[0])
+    assert plots.group_bars({}, columns)[0].texts[0].get_text() == "nothing to show yet"
