@@ -7,7 +7,7 @@ from pathlib import Path
 import memloc
 
 PACKAGE = Path(memloc.__file__).parent
-METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping"}
+METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping", "influence", "leave_one_out"}
 LOSSES = {"mat", "twins", "pairs"}  # methods that are ways to train: fit() takes recipes with them
 
 
