@@ -43,7 +43,9 @@ __all__ = [
     "gradient_panels",
     "gradient_parts",
     "group_bars",
+    "group_histograms",
     "heat_maps",
+    "influence_scatter",
     "learned_histogram",
     "method_dots",
     "method_shares",
@@ -1137,6 +1139,76 @@ def _draw_bars(table: pd.DataFrame, looks: Mapping[str, tuple[str, str]], axes: 
         axes.plot(where, table[column], "o", color="black", markersize=2)
     axes.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
     axes.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
+
+
+def group_histograms(
+    tables: Mapping[str, pd.DataFrame], column: str, label: str, smallest: float = 1e-6
+) -> Sequence[Axes]:
+    """Draw how a positive score is spread among the examples of each group, on logarithmic scales.
+
+    Args:
+        tables: One row an example: ``kind`` (its group) and the score, by the title of the panel, from top to bottom;
+            none gives a panel that says so.
+        column: The score.
+        label: What it is called, with its unit.
+        smallest: What is smaller is drawn here.
+
+    Returns:
+        The axes, one below the other with the same scale: for each group the share of its examples in each bin, filled
+        and with an outline and a hatching of its own, and a vertical line at its 95 % quantile.
+
+    Source:
+        Bayat et al. (2025), Figure 2.
+    """
+    if not tables:
+        return _panels([])
+    size = (6.4, 0.9 + 1.7 * len(tables))
+    stack = plt.subplots(len(tables), 1, sharex=True, sharey=True, squeeze=False, figsize=size)[1][:, 0]
+    values = pd.concat([table[column] for table in tables.values()]).clip(lower=smallest)
+    bins = np.geomspace(values.min() * 0.99, values.max() * 1.01, 31).tolist()
+    for axes, (title, table) in zip(stack, tables.items(), strict=True):
+        for number, (kind, (color, line, _)) in enumerate(zip(table.kind.unique(), _KINDS, strict=False)):
+            scores = table[column][table.kind == kind].clip(lower=smallest)
+            weights = np.full(len(scores), 1 / max(1, len(scores)))
+            hatch = _HATCHES[1 - number % 2]
+            axes.hist(scores, bins, weights=weights, color=color, alpha=0.3, hatch=hatch, label=kind)
+            axes.hist(scores, bins, weights=weights, color=color, histtype="step", linestyle=line, linewidth=1.6)
+            axes.axvline(scores.quantile(0.95), color=color, linestyle=line, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set(xscale="log", yscale="log", ylabel="share (fraction)")
+    stack[-1].set_xlabel(label)
+    _legend_below(stack[0])
+    return list(stack)
+
+
+def influence_scatter(tables: Mapping[str, pd.DataFrame], columns: int = 3) -> Sequence[Axes]:
+    """Draw the predicted drop of an example's probability against the exact one.
+
+    Args:
+        tables: One row an example: ``kind`` (its group), ``predicted`` and ``drop``, by the title of the panel; none
+            gives a panel that says so.
+        columns: Panels in a row.
+
+    Returns:
+        The axes, one a table, with a dotted line where both are the same.
+    """
+    if not tables:
+        return _panels([])
+    rows = -(-len(tables) // columns)
+    grid = plt.subplots(rows, columns, squeeze=False, figsize=(3.2 * columns, 0.6 + 3.0 * rows))[1]
+    axes = list(grid.flat)
+    for each, (title, table) in zip(axes, tables.items(), strict=False):
+        for kind, (color, _, marker) in zip(table.kind.unique(), _KINDS, strict=False):
+            own = table[table.kind == kind]
+            each.plot(own.predicted, own["drop"], marker, color=color, markersize=3.5, alpha=0.6, label=kind)
+        low, high = table[["predicted", "drop"]].min().min(), table[["predicted", "drop"]].max().max()
+        each.plot([low, high], [low, high], ":", color="black", linewidth=1)
+        each.set_title(title, fontsize=10)
+        each.set(xlabel="predicted drop", ylabel="exact drop")
+    for empty in axes[len(tables) :]:
+        empty.set_axis_off()
+    _legend_below(axes[0])
+    return axes[: len(tables)]
 
 
 def _phases(table: pd.DataFrame) -> pd.DataFrame:
