@@ -105,6 +105,8 @@ def coloured_digits(
         >>> data.train, data.group_names[1]
         (GroupedSplit(images (1080, 2, 14, 14), ... noisy, on cpu, 2 attributes), '5 to 9, green')
     """
+    if not isinstance(colouring, Colouring):
+        raise ValueError(f"colouring must be a Colouring, got {colouring!r}: take one from COLOURINGS")
     splits = _digits(name, size, examples, root)
 
     def colour(split: str, images: Tensor, digits: Tensor) -> GroupedSplit:
@@ -259,7 +261,7 @@ def _digits(
     images, digits = data.train.images, data.train.labels
     cut = len(images) * 5 // 6
     taken = cut if examples is None else examples
-    if not 1 <= taken <= cut:
+    if not isinstance(taken, int) or not 1 <= taken <= cut:
         raise ValueError(f"examples must be from 1 to {cut}, all that {name} has for training, got {examples}")
     return {
         "train": (images[:taken], digits[:taken]),

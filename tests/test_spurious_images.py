@@ -125,7 +125,7 @@ def test_the_first_examples_are_coloured_alike_whatever_their_number(coloured):
 
 
 @pytest.mark.parametrize("make", [coloured_digits, digits_on_photographs])
-@pytest.mark.parametrize("examples", [0, 1081])
+@pytest.mark.parametrize("examples", [0, 1081, 1.5])
 def test_a_number_of_examples_that_is_not_there_is_refused(make, examples):
     with pytest.raises(ValueError, match=f"examples must be from 1 to 1080, all that digits has .* got {examples}"):
         make(seed=0, examples=examples)
@@ -145,6 +145,11 @@ def test_shares_that_are_none_are_refused(shares):
         Colouring(shares, (0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="colour_noise must be three shares from 0 to 1"):
         Colouring((0.1, 0.1, 0.1), shares)
+
+
+def test_the_name_of_a_colouring_is_none():
+    with pytest.raises(ValueError, match="colouring must be a Colouring, got 'color': take one from COLOURINGS"):
+        coloured_digits("digits", "color", seed=0)
 
 
 def test_colourings_cannot_be_changed():
