@@ -182,7 +182,7 @@ def digits_on_photographs(
     """
     if not 0 < opacity <= 1:
         raise ValueError(f"opacity must be above 0 and at most 1, got {opacity}")
-    check_name(photographs, PHOTOGRAPHS)
+    check_name(photographs, PHOTOGRAPHS, "photographs")
     from memloc.spurious import correlated_attributes  # not above: it brings scipy.stats, which takes a second
 
     splits = _digits(name, size, examples, root)
@@ -241,7 +241,7 @@ def load(
         >>> load("digits", "samples", seed=0, examples=100).name
         'digits on samples'
     """
-    check_name(attribute, ATTRIBUTES)
+    check_name(attribute, ATTRIBUTES, "attribute")
     which: dict[str, Any] = {"seed": seed, "examples": examples, "device": device, "root": root}
     if size is not None:
         which["size"] = size

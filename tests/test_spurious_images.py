@@ -237,7 +237,7 @@ def test_cifar_backgrounds_are_the_images_of_their_kinds_classes_and_each_split_
         ({"opacity": 1.5}, "opacity must be above 0 and at most 1, got 1.5"),
         ({"correlation": 1.5}, "correlation must be from 0 to 1"),
         ({"size": 65}, "size must be at most 64 pixels with samples, got 65: take cifar10"),
-        ({"photographs": "cifar"}, r"name must be one of samples, cifar10, got 'cifar' \(did you mean cifar10\?\)"),
+        ({"photographs": "cifar"}, r"photographs must be one of samples, cifar10, got 'cifar' \(did you mean"),
         ({"name": "digit"}, "did you mean digits"),
     ],
 )
@@ -258,7 +258,7 @@ def test_data_are_made_by_the_name_of_their_attribute(coloured):
     chosen = {"seed": 3, "size": 16, "examples": 50, "correlation": 0.7, "opacity": 0.4}
     same(load("digits", "samples", **chosen), digits_on_photographs("digits", "samples", **chosen))
     assert load("digits", "samples", seed=0, examples=5).train.images.shape == (5, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"name must be one of colour, samples, cifar10, got 'color' .* colour"):
+    with pytest.raises(ValueError, match=r"attribute must be one of colour, samples, cifar10, got 'color' .* colour"):
         load("digits", "color", seed=0)
 
 
