@@ -70,8 +70,9 @@ class Pair(nn.Module):
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise ValueError(f"labels must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}")
         shapes = [[(name, p.shape) for name, p in network.named_parameters()] for network in (first, second)]
-        if first is second or shapes[0] != shapes[1]:
-            got = "the same one twice" if first is second else f"parameters {_different(*shapes)}"
+        is_shared = first is second or not {*first.parameters()}.isdisjoint(second.parameters())
+        if is_shared or shapes[0] != shapes[1]:
+            got = "the same one twice" if is_shared else f"parameters {_different(*shapes)}"
             raise ValueError(f"first and second must be two networks of one architecture, got {got}")
         self.first, self.second, self.seed = first, second, seed
         self._steps = 0
@@ -105,17 +106,32 @@ class Pair(nn.Module):
             In nats, shape ``(B,)``; float32 for logits of less precision.
 
         Raises:
-            ValueError: If the logits are not those of both networks.
+            ValueError: If the logits are not those of both networks, or in the first step labels or indices are out of
+                range.
         """
         if logits.ndim != 3 or logits.shape[1] != 2:
             got = f"{tuple(logits.shape)}: put the pair in training mode"
             raise ValueError(f"logits must be those of both networks, shape (B, 2, K), got {got}")
+        if not self._steps:  # not in every step, because the answer makes a GPU wait
+            self._check_range(logits.shape[2], batch.indices)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         held_in, held_out = _by_half(logits, self.assignment[batch.indices])
         labels = self.flipped_labels[batch.indices]
         weights = balancing_weights(labels, logits.shape[2])
         self._flip(held_out.detach(), labels, batch.indices)
         return len(labels) * weights * F.cross_entropy(held_in, labels, reduction="none")
+
+    def _check_range(self, classes: int, indices: Tensor) -> None:
+        """Refuse labels that are no class and examples that have no label."""
+        low, high = self.flipped_labels.min().item(), self.flipped_labels.max().item()
+        if classes < 2 or low < 0 or high >= classes:
+            got = f"{low} to {high} with K = {classes}"
+            raise ValueError(f"labels must be from 0 to K - 1, and K at least 2, got {got}")
+        if not ((indices >= 0) & (indices < len(self.flipped_labels))).all():
+            got = f"{indices.min().item()} to {indices.max().item()}"
+            raise ValueError(
+                f"indices must be below {len(self.flipped_labels)}, the labels of the pair, got {got}: give it them all"
+            )
 
     def _flip(self, held_out: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Let some examples of a batch take over what the other network predicts."""
@@ -185,7 +201,7 @@ def cross_mistakes(pair: nn.Module, images: Tensor, labels: Tensor, **numerics: 
         Bool, shape ``(N,)``. Where all or none of a class are mistakes, the pair tells nothing of it.
 
     Raises:
-        ValueError: If the network is no pair, or there is not a label for each image.
+        ValueError: If the network is no pair, or there is not an int64 label for each image.
 
     Source:
         Pezeshki et al. (2024).
@@ -195,8 +211,9 @@ def cross_mistakes(pair: nn.Module, images: Tensor, labels: Tensor, **numerics: 
         >>> cross_mistakes(pair, torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]))
         tensor([True, True])
     """
-    if labels.shape != (len(images),):
-        raise ValueError(f"labels must be one per image, shape ({len(images)},), got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        expected = f"int64 ({len(images)},), one per image"
+        raise ValueError(f"labels must be {expected}, got {labels.dtype} {tuple(labels.shape)}")
     first, second = _both(pair, images, **numerics).unbind(1)
     return (classes(first) != labels) | (classes(second) != labels)
 
@@ -214,7 +231,7 @@ def environments(pair: nn.Module, images: Tensor, labels: Tensor, **numerics: An
         Int64, shape ``(N,)``, from 0 to ``2 K - 1``.
 
     Raises:
-        ValueError: If the network is no pair, or there is not a label for each image.
+        ValueError: If the network is no pair, or there is not an int64 label for each image.
 
     Source:
         Pezeshki et al. (2024).

@@ -105,6 +105,8 @@ def coloured_digits(
         >>> data.train, data.group_names[1]
         (GroupedSplit(images (1080, 2, 14, 14), ... noisy, on cpu, 2 attributes), '5 to 9, green')
     """
+    if not isinstance(colouring, Colouring):
+        raise ValueError(f"colouring must be a Colouring, got {colouring!r}: take one from COLOURINGS")
     splits = _digits(name, size, examples, root)
 
     def colour(split: str, images: Tensor, digits: Tensor) -> GroupedSplit:
@@ -180,7 +182,7 @@ def digits_on_photographs(
     """
     if not 0 < opacity <= 1:
         raise ValueError(f"opacity must be above 0 and at most 1, got {opacity}")
-    check_name(photographs, PHOTOGRAPHS)
+    check_name(photographs, PHOTOGRAPHS, "photographs")
     from memloc.spurious import correlated_attributes  # not above: it brings scipy.stats, which takes a second
 
     splits = _digits(name, size, examples, root)
@@ -239,7 +241,7 @@ def load(
         >>> load("digits", "samples", seed=0, examples=100).name
         'digits on samples'
     """
-    check_name(attribute, ATTRIBUTES)
+    check_name(attribute, ATTRIBUTES, "attribute")
     which: dict[str, Any] = {"seed": seed, "examples": examples, "device": device, "root": root}
     if size is not None:
         which["size"] = size
@@ -259,7 +261,7 @@ def _digits(
     images, digits = data.train.images, data.train.labels
     cut = len(images) * 5 // 6
     taken = cut if examples is None else examples
-    if not 1 <= taken <= cut:
+    if not isinstance(taken, int) or not 1 <= taken <= cut:
         raise ValueError(f"examples must be from 1 to {cut}, all that {name} has for training, got {examples}")
     return {
         "train": (images[:taken], digits[:taken]),

@@ -184,6 +184,23 @@ def test_logits_of_one_network_are_refused(tiny):
         pair.loss(pair(tiny.train.images), batch(tiny.train.indices, tiny.train.labels))
 
 
+@pytest.mark.parametrize(("logits", "wrong"), [((0.0, 1.0), 2), ((0.0, 1.0), -1), ((0.0,), 0)])
+def test_labels_that_are_no_class_are_refused_in_the_first_step(logits, wrong):
+    labels = torch.tensor([0, 0, wrong])
+    pair = Pair(Constant(*logits), Constant(*logits), labels)
+    with pytest.raises(ValueError, match=r"labels must be from 0 to K - 1, and K at least 2, got .* with K = [12]"):
+        pair.loss(pair(torch.zeros(2, 1, 8, 8)), batch(torch.arange(2), labels[:2]))
+    assert torch.equal(pair.flipped_labels, labels)
+
+
+def test_examples_that_the_pair_has_no_labels_of_are_refused_in_the_first_step():
+    pair = Pair(Constant(0.0, 0.0), Constant(0.0, 0.0), torch.tensor([0, 1]))
+    with pytest.raises(
+        ValueError, match="indices must be below 2, the labels of the pair, got 0 to 2: give it them all"
+    ):
+        pair.loss(pair(torch.zeros(3, 1, 8, 8)), batch(torch.arange(3), torch.tensor([0, 1, 0])))
+
+
 # Its training.
 
 
@@ -322,6 +339,8 @@ def test_what_cannot_be_a_pair_is_refused(tiny):
     one, other = network(tiny, 0), network(tiny, 1)
     with pytest.raises(ValueError, match="two networks of one architecture, got the same one twice"):
         Pair(one, one, labels)
+    with pytest.raises(ValueError, match="two networks of one architecture, got the same one twice"):
+        Pair(nn.Sequential(one), nn.Sequential(one), labels)
     with pytest.raises(ValueError, match=r"got parameters linear0.weight \(8, 64\) and linear0.weight \(9, 64\)"):
         Pair(one, network(tiny, 1, width=9), labels)
     with pytest.raises(ValueError, match=r"got parameters 2.weight \(4, 4\) and none"):
@@ -335,8 +354,9 @@ def test_what_does_not_fit_a_pair_is_refused(tiny):
     pair = make(tiny)
     with pytest.raises(ValueError, match="images must be all 64 training examples, got 3"):
         held_out_logits(pair, torch.zeros(3, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"labels must be one per image, shape \(3,\), got \(2,\)"):
-        cross_mistakes(pair, torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+    for labels in (torch.zeros(2, dtype=torch.int64), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"labels must be int64 \(3,\), one per image, got torch.(int64|float32)"):
+            cross_mistakes(pair, torch.zeros(3, 1, 8, 8), labels)
     for method in (held_out_logits, cross_mistakes, environments):
         with pytest.raises(ValueError, match="pair must be a Pair, got Sequential: fit a recipe with loss='xrm'"):
             method(network(tiny, 0), tiny.train.images, *[tiny.train.labels][: method is not held_out_logits])
