@@ -18,8 +18,6 @@ from memloc import datasets, gradients, labelnoise, models, observers, pairs, pa
 from memloc.recipes import Recipe, Settings
 from memloc.training import fit, train
 
-pytestmark = pytest.mark.slow
-
 # Neither examples nor batches can be halved, and the last batch is one example: the second process has none.
 PLAIN = Recipe(model="mlp", width=16, examples=64, batch_size=21, epochs=4, learning_rate=0.1, processes=2)
 NORMED = replace(PLAIN, model="small_cnn", width=4, batch_size=24, epochs=3)
@@ -90,6 +88,7 @@ def close(found, expected, tolerance):
         torch.testing.assert_close(torch.as_tensor(found[name]), value, rtol=0, atol=tolerance, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "tolerance"),
     [({"augment": True, "dropout": "tied"}, 1e-4), ({"loss": "mat"}, 1e-4), ({"precision": "fp16"}, 5e-3)],
@@ -107,9 +106,10 @@ def test_two_processes_train_what_one_trains_and_only_the_first_writes(group, ch
     moved = [(alone.checkpoint(4)[name] - value).abs().max() for name, value in alone.checkpoint(0).items()]
     assert max(moved) > 100 * tolerance or change == {"precision": "fp16"}
     (first,), (second,) = both
-    assert all((first[1][name] == second[1][name]).all() for name in first[1])
+    assert all((first[3][name] == second[3][name]).all() for name in first[3])
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_loaded_by_any_number_of_processes(group, monkeypatch):
     alone = fit(replace(PLAIN, processes=1), observers=[observers.Predictions(), observers.Checkpoints([2])])
     ((first, _),) = [[found[0] for found in group(_fitted, alone.recipe)]]
@@ -119,9 +119,10 @@ def test_a_whole_run_is_loaded_by_any_number_of_processes(group, monkeypatch):
     pd.testing.assert_frame_equal(fit(PLAIN).history.drop(columns="seconds"), both[1][0][0])
 
 
+@pytest.mark.slow
 def test_batch_norm_takes_the_statistics_of_a_share_and_its_running_ones_are_those_of_the_first(group):
-    ((_, checkpoint, *_),), ((_, other, *_),) = group(_fitted, NORMED)
-    assert all((checkpoint[name] == other[name]).all() for name in checkpoint)
+    ((_, checkpoint, _, kept),), ((_, _, _, seen_by_second),) = group(_fitted, NORMED)
+    assert all((kept[name] == seen_by_second[name]).all() for name in checkpoint)
 
     data = training.prepare(NORMED)
     twins = [models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0) for _ in range(2)]
@@ -181,6 +182,7 @@ def _interrupted(store, last):
     return trained, same, torch.equal(*tables), list(whole.history.loss) == list(resumed.history.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [0, 1, 3])
 def test_an_interrupted_training_of_two_processes_goes_on_and_ends_with_the_same_bits(group, tmp_path, last):
     both = group(_interrupted, str(tmp_path / "interrupted"), last)
@@ -193,6 +195,7 @@ def _elsewhere(store):
     fit(PLAIN)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_see_one_store_are_told(group, tmp_path):
     first, second = group(_elsewhere, str(tmp_path / "elsewhere"))
     assert isinstance(second, OSError)
@@ -222,6 +225,7 @@ def _drawn():
     return model.drawn, len(history), model.weight.detach().numpy()
 
 
+@pytest.mark.slow
 def test_processes_draw_other_numbers_and_start_and_stop_as_the_first_does(group):
     alone, (first, second) = _drawn(), group(_drawn)
     assert first[0] == alone[0]
@@ -258,6 +262,7 @@ def _collectives():
     return sums, [b.tolist() for b in model.buffers()], shares, str(together), parallel.agreed(rank == 0)
 
 
+@pytest.mark.slow
 def test_sums_parts_and_decisions_are_those_of_all_processes(group):
     for rank, (sums, buffers, shares, together, decision) in enumerate(group(_collectives)):
         infinite = [[torch.inf] * 3] * 2
@@ -279,6 +284,7 @@ def _is_open(descriptor):
     return os.path.lexists(f"/proc/self/fd/{descriptor}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_nothing_listens_beyond_loopback_on_one_machine(group):
     for addresses in group(_listening):
@@ -299,6 +305,7 @@ fit(replace(recipe, seed=1))
 """
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_ends_all_processes_when_one_fails(own_run_store, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(recipe=PLAIN))
