@@ -89,6 +89,7 @@ def close(found, expected, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "tolerance"),
     [({"augment": True, "dropout": "tied"}, 1e-4), ({"loss": "mat"}, 1e-4), ({"precision": "fp16"}, 5e-3)],
