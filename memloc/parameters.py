@@ -162,11 +162,13 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("input_noise", float, "standard deviation of each noise coordinate of the inputs", minimum=0),
         Parameter("other_input_noise", float, "another standard deviation to compare with", minimum=0),
         Parameter("label_noise", float, "standard deviation of the noise on the targets", minimum=0),
+        Parameter("drawn_examples", int, "training examples to draw, of generated data", minimum=1),
         Parameter("dimensions", int, "noise coordinates of the inputs", minimum=1),
         Parameter("gamma", float, "factor of the spurious feature", minimum=0),
         Parameter("correlation", float, "share of the examples whose attribute is the label", minimum=0, maximum=1),
         Parameter("model", str, "the network", _MODELS),
         Parameter("width", int, "scale of the network; none: its own", minimum=1, optional=True),
+        Parameter("units", int, "units of each hidden layer", minimum=1),
         Parameter("other_model", str, "the network to compare with", _MODELS),
         Parameter("other_width", int, "scale of the other network; none: its own", minimum=1, optional=True),
         Parameter(

@@ -1152,7 +1152,8 @@ def _panels(titles: Sequence[str], *, sharey: bool | Literal["row"] = True) -> l
 def _log_scale(axes: Axes) -> None:
     """Give axes a logarithmic scale upwards, with plain numbers beside it."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

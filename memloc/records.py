@@ -109,6 +109,7 @@ def record(
     metrics: Mapping[str, object],
     tables: Mapping[str, "pd.DataFrame"] | None = None,
     runs: Sequence[Training] = (),
+    device: object = "cpu",
 ) -> None:
     """Show a chapter's numbers on its page and hand them to whoever runs it.
 
@@ -121,6 +122,7 @@ def record(
             ``verdict`` is one of ``VERDICTS``. A float that is not finite is kept as null.
         tables: Tables by name; their index is left out unless it is named.
         runs: The trainings that the numbers come from.
+        device: Where the chapter computed what is in no run, as torch names it.
 
     Raises:
         ValueError: If a name or the verdict is not allowed.
@@ -140,7 +142,7 @@ def record(
         "metrics": _finite(plain),
         "tables": {name: _table(table) for name, table in (tables or {}).items()},
         "recipes": _finite([dataclasses.asdict(run.recipe) for run in runs]),
-        "device": _device(runs),
+        "device": _device([*(run.provenance["device"] for run in runs), device]),
     }
     if _in_a_kernel():
         _publish(_RECORD, {"application/json": json.dumps(payload, allow_nan=False)}, {})
@@ -179,9 +181,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _device(runs: Sequence[Training]) -> str:
-    """Name the device that the trainings ran on: the kind, and the GPU's model."""
-    if not any(str(run.provenance["device"]).startswith("cuda") for run in runs):
+def _device(used: Sequence[object]) -> str:
+    """Name the device that a chapter ran on, a GPU if it used one: the kind, and the GPU's model."""
+    if not any(str(device).startswith("cuda") for device in used):
         return "cpu"
     torch = sys.modules.get("torch")
     return f"cuda ({torch.cuda.get_device_name()})" if torch and torch.cuda.is_available() else "cuda"

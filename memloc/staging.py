@@ -142,6 +142,8 @@ def _verdict(metrics: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
     parts = [parameters.get("dataset", "generated data")]
     if "examples" in parameters:
         parts.append(f"{parameters['examples']:,} examples" if parameters["examples"] else "all examples")
+    if "drawn_examples" in parameters:
+        parts.append(f"{parameters['drawn_examples']:,} examples")
     parts.append(parameters.get("model"))
     if parameters.get("width"):
         parts.append(f"width {parameters['width']}")

@@ -348,7 +348,7 @@ VERDICTS = {
     "where": "partly",
     "natural": "partly",
     "spurious": "partly",
-    "good_bad_ugly": "holds",
+    "good_bad_ugly": "partly",
     "mat": "holds",
 }
 

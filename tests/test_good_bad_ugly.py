@@ -182,14 +182,14 @@ def test_fits_that_cannot_be_are_refused(changes, message):
         fit_curves(**{"data": some(), "seeds": [0, 1, 2], "width": 2} | changes)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # more than a minute, because the claim is about the medians of twenty seeds of the paper's networks
 @pytest.mark.timeout(900)
 def test_the_papers_networks_err_as_the_reference_codes_did():
-    expected, seeds = recorded(), range(20)
-    found = {}
-    for noise, name in ((1e-4, "0.0001"), (1e-3, "0.001"), (0.0, "0.0")):
+    expected, seeds, found = recorded(), range(20), {}
+    for noise in (1e-4, 1e-3):  # without noise the training itself ends at this error: a test above has it
         fits = fit_curves([regression(noise, seed=seed) for seed in seeds], seeds=seeds)
+        assert (fits.errors < 1e-6).all()
         found[noise] = fits.table().median()
-        clean = expected[name]["train_mse_with_noise_removed"]
+        clean = expected[f"{noise:g}"]["train_mse_with_noise_removed"]
         assert clean / 3 < found[noise].clean_error < 3 * clean
     assert found[1e-4].curve_error < found[1e-3].curve_error

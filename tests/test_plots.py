@@ -638,6 +638,14 @@ def test_errors_are_a_dot_for_each_seed_a_bar_for_the_median_and_a_cross_for_wha
     assert drawn(axes[0])
 
 
+@pytest.mark.parametrize(("least", "expected"), [(0.1, {0.1, 0.2, 0.5, 1}), (1e-4, {1e-4, 1e-3, 1e-2, 0.1, 1})])
+def test_wide_logarithmic_scales_have_fewer_numbers(least, expected):
+    table = pd.DataFrame({"kind": ["good", "bad"], "seed": [0, 0], "error": [least, 1.0]})
+    (axes,) = plots.error_dots({"digits": table}, {"error": "mean"})
+    low, high = axes.get_ylim()
+    assert {round(tick, 9) for tick in axes.get_yticks() if low <= tick <= high} == expected
+
+
 def test_errors_of_one_seed_stand_in_the_middle_and_none_say_so():
     table = pd.DataFrame({"kind": ["good"], "seed": [0], "error": [1.0]})
     (axes,) = plots.error_dots({"digits": table}, {"error": "mean"})

@@ -125,6 +125,15 @@ def test_the_recipes_and_the_device_of_the_runs_are_kept(published):
     assert payload(published)["device"].startswith("cuda")
 
 
+def test_a_chapter_without_runs_says_where_it_computed(published):
+    records.record({}, device=torch.device("cpu"))
+    assert payload(published)["device"] == "cpu"
+    records.record({}, device=torch.device("cuda"))
+    assert payload(published)["device"].startswith("cuda")
+    records.record({}, runs=[FakeRun(provenance={"device": "cuda"})], device="cpu")
+    assert payload(published)["device"].startswith("cuda")
+
+
 def executed(folder: Path, content: dict[str, Any] | None, **about: Any) -> Path:
     """An executed notebook as chapters.execute leaves it."""
     outputs = []

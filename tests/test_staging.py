@@ -30,6 +30,10 @@ def test_recorded_results_stand_beside_this_build_and_say_when_the_method_change
     table = staging.scoreboard(small_book.root, {"training": executed_with("holds")})
     assert "**holds**: digits, 1 seed" in table
     assert "**partly**: cifar10, 10,000 examples, resnet9, width 16, 3 seeds (the method has changed since)" in table
+    result["parameters"] = {"drawn_examples": 1000, "seeds": 20}
+    (folder / "cifar10.json").write_text(json.dumps(result))
+    table = staging.scoreboard(small_book.root, {"training": executed_with("holds")})
+    assert "**partly**: generated data, 1,000 examples, 20 seeds (the method has changed since)" in table
 
 
 @pytest.fixture
