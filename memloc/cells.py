@@ -163,7 +163,7 @@ def _child(out: Path) -> None:
     recipe = Recipe(**json.load(sys.stdin))
     run = fit(recipe, device="auto", progress=False)
     last = run.history.iloc[-1].drop("seconds")
-    metrics = {name.replace("_", "-"): None if value != value else float(value) for name, value in last.items()}
+    metrics = {str(name).replace("_", "-"): None if value != value else float(value) for name, value in last.items()}
     device = str(run.provenance["device"])
     content = {"metrics": metrics, "tables": {}, "recipes": [asdict(recipe)], "device": device}
     out.write_text(json.dumps(content, allow_nan=False))

@@ -276,7 +276,10 @@ def _each_once(cells: Sequence[Cell]) -> list[Cell]:
         raise ParameterError(f"a sweep must have at most {MOST_CELLS:,} cells, got {len(cells):,}")
     if not cells:
         raise ProjectError("there is nothing to run: give at least one block with a chapter or a training")
-    return list({cell.address: cell for cell in cells}.values())
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.address, cell)
+    return list(first.values())
 
 
 def _word(value: Value) -> str:

@@ -227,7 +227,11 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         if address is None:
-            here: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100_000_000}
+            here: dict[str, Any] = {
+                "_node_ip_address": "127.0.0.1",
+                "include_dashboard": False,
+                "object_store_memory": 100_000_000,
+            }
             ray.init("local", num_cpus=workers, **here, **quiet)
         else:
             ray.init(address, **quiet)
