@@ -22,7 +22,16 @@ from memloc import cells as cells_
 from memloc.grids import Cell
 from memloc.progress import store
 
-__all__ = ["Estimate", "Outcome", "Status", "SweepError", "estimate", "sweep", "write_table"]
+__all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "sweep", "write_table"]
+
+RAY_SETTINGS: Mapping[str, str] = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+}
+"""What Ray reads from the environment when it is imported and when it starts. Without the first its processes listen on
+every interface, whatever address a node has; its own niceness of 15 starves cells beside any other work."""
 
 _RETRIES = 3  # of a cell whose worker or node was lost
 _PROBE_S = 120  # until a node has to have said what it sees
@@ -215,11 +224,7 @@ def _same_store() -> Iterator[Path]:
 @contextmanager
 def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """Connect to a cluster, or start Ray on this machine; what was started is ended."""
-    # Read when Ray is imported: without it Ray's processes listen on every interface, whatever address a node has.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves cells beside any other work
+    os.environ |= RAY_SETTINGS
     try:
         import ray
     except ImportError as error:
