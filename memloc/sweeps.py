@@ -133,7 +133,6 @@ def sweep(
     address: str | None = None,
     workers: int | None = None,
     show: Callable[[Status], None] = lambda status: None,
-    finished: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Run every cell that has no result yet.
 
@@ -143,7 +142,6 @@ def sweep(
         address: Of a Ray cluster; None starts Ray on this machine alone, listening on the loopback interface.
         workers: CPUs to use of this machine; None takes all. Not with ``address``.
         show: Called about every second.
-        finished: Called after each cell.
 
     Returns:
         Results and failures; a failing cell does not stop the others.
@@ -178,7 +176,6 @@ def sweep(
                 raise SweepError(f"the store {store()} is gone: bring it back and start the sweep again")
             for reference in ready:
                 _take(ray, reference, pending.pop(reference), outcome)
-                finished(outcome)
             show(_status(cells, outcome, len(pending), ray))
     return outcome
 
