@@ -1,5 +1,6 @@
 """Compare ways to train where an attribute misleads: plain, weighted, subsampled, GroupDRO, MAT, JTT, DFR, controls."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from memloc.copies import Descent, balancing_weights, make_copies
+from memloc.copies import Descent, balancing_weights, check_examples, make_copies
 from memloc.ensembles import Grouped, Shift, Training, train_copies
 from memloc.randomness import generator
 from memloc.recipes import check_one_of
@@ -144,7 +145,7 @@ def compare(
         The trainings, with a table.
 
     Raises:
-        ValueError: If a method is unknown, or what it needs is missing or does not fit.
+        ValueError: If a method is unknown, what it needs is missing or does not fit, or a number is out of range.
 
     Source:
         Bayat et al. (2025) for the pipeline and selection. Sagawa et al. (2020) for GroupDRO, Liu et al. (2021) for
@@ -177,6 +178,13 @@ def compare(
             raise ValueError(f"environments must be given for {name}, got None: infer them with train_twins")
         if METHODS[name].how == "shift" and shift is None:
             raise ValueError(f"shift must be given for {name}, got None: compute it with logit_shift")
+    for split in (train, validation, test):
+        split.check(len(seeds))
+    if inferred is not None:  # needed only when all trainings are over
+        check_examples(validation.features, inferred, len(seeds), "inferred groups")
+    if first_steps < 1 or not 0 <= upweight < math.inf:
+        got = f"{first_steps} and {upweight}"
+        raise ValueError(f"first_steps must be at least 1 and upweight a finite number at least 0, got {got}")
     groupings = {"class": train.labels, "group": train.groups}
     if environments is not None:
         groupings["environment"] = environments

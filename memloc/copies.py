@@ -84,8 +84,23 @@ class Copies:
 
         Returns:
             Shape ``(S, N, K)``.
+
+        Raises:
+            ValueError: As :meth:`check`.
         """
         return self._run(features, len(self.weights), factors)
+
+    def check(self, features: Tensor) -> None:
+        """Refuse features that these networks cannot take.
+
+        Raises:
+            ValueError: If they are not float32 of shape ``(N, D)`` or ``(F, N, D)``, where F divides S.
+        """
+        first = self.weights[0]
+        sets = 1 if features.ndim == 2 else len(features) if features.ndim == 3 else 0
+        if features.dtype != first.dtype or features.shape[-1:] != first.shape[2:] or not sets or len(self) % sets:
+            shape = f"(N, {first.shape[2]}) or (F, N, {first.shape[2]}) where F divides {len(self)}"
+            raise ValueError(f"features must be {first.dtype} {shape}, got {features.dtype} {tuple(features.shape)}")
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -100,6 +115,7 @@ class Copies:
 
     def _run(self, features: Tensor, layers: int, factors: Tensor | None = None) -> Tensor:
         """Apply the first layers; examples come last, so that copies that share inputs are one matrix product."""
+        self.check(features)
         values = features.mT
         for layer, weight in enumerate(self.weights[:layers]):
             if layer:

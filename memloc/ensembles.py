@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memloc.copies import Copies, Descent, Optimizer, check_examples, cross_entropies, sum_by, take
+from memloc.evaluation import classes
 from memloc.randomness import generator
+from memloc.recipes import check_one_of
 
 __all__ = ["Grouped", "Shift", "Training", "train_copies"]
 
@@ -44,8 +46,16 @@ class Grouped:
     groups: Tensor
 
     def __post_init__(self) -> None:
-        check_examples(self.features, self.labels)
-        check_examples(self.features, self.groups, name="groups")
+        self.check()
+
+    def check(self, copies: int | None = None) -> None:
+        """Refuse what does not fit together, or is not one set for all or for each of so many copies.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        check_examples(self.features, self.labels, copies)
+        check_examples(self.features, self.groups, copies, "groups")
 
     def __len__(self) -> int:
         return self.features.shape[-2]
@@ -58,7 +68,8 @@ class Training:
     Attributes:
         copies: As they were after the last step.
         steps: After how many steps they were evaluated, from 0. Int64, shape ``(T,)``.
-        predictions: Of each watched split, the predicted class at each evaluation. Int16, shape ``(T, S, N)``.
+        predictions: Of each watched split, the predicted class at each evaluation, −1 where a logit is NaN. Int16,
+            shape ``(T, S, N)``.
         watched: The splits.
         seconds: Of all copies together, evaluation included.
     """
@@ -78,15 +89,25 @@ class Training:
 
         Returns:
             Fractions, shape ``(T, S, G)``; NaN for a group without examples.
+
+        Raises:
+            ValueError: If the split was not watched, or the groups do not fit it.
         """
-        data = self.watched[split] if groups is None else replace(self.watched[split], groups=groups)
-        right = (self.predictions[split] == data.labels).float()
-        groups = data.groups.expand_as(right)
+        right = self._right(split)
+        data = self.watched[split]
+        groups = data.groups if groups is None else groups
+        check_examples(data.features, groups, len(self.copies), "groups")
+        groups = groups.expand_as(right)
         return sum_by(groups, right) / sum_by(groups, torch.ones_like(right))
 
     def average_accuracy(self, split: str) -> Tensor:
         """Compute the share of examples that are right at each evaluation, shape ``(T, S)``."""
-        return (self.predictions[split] == self.watched[split].labels).float().mean(2)
+        return self._right(split).mean(2)
+
+    def _right(self, split: str) -> Tensor:
+        """Say which examples are right at each evaluation, 1 or 0, shape ``(T, S, N)``."""
+        check_one_of("split", split, self.watched)
+        return (self.predictions[split] == self.watched[split].labels).float()
 
     def worst_group_accuracy(self, split: str, groups: Tensor | None = None) -> Tensor:
         """Compute the least accuracy of a group that has examples, at each evaluation, shape ``(T, S)``."""
@@ -174,14 +195,16 @@ def train_copies(
         >>> found.worst_group_accuracy("train")[-1] > 0.9
         tensor([True, True])
     """
+    watched = dict(watch or {})
+    for split in (train, *watched.values()):
+        split.check(len(copies))
     share = _shares(copies, train, weights, shift)
-    if group_rate is not None and not group_rate >= 0:
-        raise ValueError(f"group_rate must be at least 0, got {group_rate}")
+    if group_rate is not None and not 0 <= group_rate < math.inf:
+        raise ValueError(f"group_rate must be a finite number at least 0, got {group_rate}")
     if not (0 <= smoothing <= 1 and 0 <= dropout < 1):
         raise ValueError(f"smoothing must be from 0 to 1 and dropout from 0 to below 1, got {smoothing} and {dropout}")
     if group_rate is not None and weights is not None and descent.batch_size is None:
         raise ValueError("weights must be None with group_rate in full batches, got both: choose one, or a batch_size")
-    watched = dict(watch or {})
     start, copies = time.perf_counter(), copies.clone(trainable=True)
     optimizer = Optimizer(copies.parameters, descent)
     labels, groups = (each.expand(len(copies), -1) for each in (train.labels, train.groups))
@@ -196,7 +219,7 @@ def train_copies(
         if isinstance(shift, Tensor):
             logits = logits + take(shift, indices, 2)
         elif shift is not None:
-            logits = logits + shift(everything if indices is None else indices)
+            logits = logits + _shift_of(shift, everything if indices is None else indices, logits.shape)
         losses = cross_entropies(logits, take(labels, indices, 1), smoothing)
         counts = share if indices is None else torch.full_like(losses, 1 / losses.shape[1])
         if group_rate is not None:
@@ -214,11 +237,19 @@ def train_copies(
     )
 
 
+def _shift_of(shift: Callable[[Tensor], Tensor], indices: Tensor, shape: torch.Size) -> Tensor:
+    """Ask for the shift of some examples, which must be one number for each logit, shape ``(S, B, K)``."""
+    found = shift(indices)
+    if found.shape != shape:
+        raise ValueError(f"shift must give one number for each logit, shape {tuple(shape)}, got {tuple(found.shape)}")
+    return found
+
+
 def _prioritise(priority: Tensor, losses: Tensor, groups: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """Move GroupDRO's weights of groups, ``(S, G)``, and give the factor of each example, ``(S, B)``."""
     count = sum_by(groups, torch.ones_like(losses), priority.shape[1])
     mean = sum_by(groups, losses, priority.shape[1]) / count.clamp(min=1)
-    priority = normalize(priority * (rate * mean).exp(), 1, 1)
+    priority = (priority.log() + rate * mean).softmax(1)  # so that no power overflows; log 0 stays without weight
     return priority, (priority / count.clamp(min=1)).gather(1, groups)
 
 
@@ -230,14 +261,12 @@ def _dropped(draws: Sequence[torch.Generator], shape: tuple[int, int], rate: flo
 
 def _predict(copies: Copies, watched: Mapping[str, Grouped]) -> dict[str, Tensor]:
     """Predict the class of every watched example."""
-    return {name: copies.logits(split.features).argmax(2).to(torch.int16) for name, split in watched.items()}
+    return {name: classes(copies.logits(split.features)).to(torch.int16) for name, split in watched.items()}
 
 
 def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Shift | None) -> Tensor:
     """Check what belongs to the examples, and give weights that add up to 1 for each copy, shape ``(S, N)``."""
     size, classes = len(train), copies.weights[-1].shape[1]
-    check_examples(train.features, train.labels, len(copies))
-    check_examples(train.features, train.groups, len(copies), "groups")
     if train.labels.max() >= classes:
         raise ValueError(f"labels must be below {classes}, the classes of the networks, got {int(train.labels.max())}")
     for name, values, shape in (("weights", weights, (size,)), ("shift", shift, (size, classes))):
@@ -246,8 +275,8 @@ def _shares(copies: Copies, train: Grouped, weights: Tensor | None, shift: Shift
             raise ValueError(f"{name} must have shape {shape} or {(len(copies), *shape)}, got {got}")
     share = torch.ones(size, device=train.features.device) if weights is None else weights.float()
     share = share.expand(len(copies), size)
-    if (share < 0).any() or not (share.sum(1) > 0).all():
-        raise ValueError("weights must be at least 0 and above 0 for an example of every copy: some are not")
+    if not ((share >= 0) & (share < math.inf)).all() or not (share.sum(1) > 0).all():
+        raise ValueError("weights must be finite, at least 0, and above 0 for an example of every copy: some are not")
     return normalize(share, 1, 1)
 
 

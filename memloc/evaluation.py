@@ -104,16 +104,16 @@ def classes(logits: Tensor) -> Tensor:
     """Take the class with the largest logit; −1, which is never right, where a logit is NaN.
 
     Args:
-        logits: Shape ``(N, K)``.
+        logits: Shape ``(…, K)``.
 
     Returns:
-        Int64, shape ``(N,)``.
+        Int64, shape ``(…)``.
 
     Example:
         >>> classes(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))
         tensor([ 1, -1])
     """
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
 def accuracies(train_predictions: Tensor, train: Split, test_predictions: Tensor, test: Split) -> Accuracies:

@@ -42,7 +42,10 @@ __all__ = [
     "gradient_norms",
     "gradient_panels",
     "gradient_parts",
+    "group_bars",
+    "group_histograms",
     "heat_maps",
+    "influence_scatter",
     "learned_histogram",
     "method_dots",
     "method_shares",
@@ -743,16 +746,7 @@ def accuracy_bars(table: pd.DataFrame, axes: Axes | None = None) -> Axes:
         The axes: a bar for the mean over seeds, a dot for each seed.
     """
     new = plt.subplots(figsize=(8.4, 3.8))[1] if axes is None else axes
-    networks = list(table.network.unique())
-    width = 0.8 / len(_CURVES)
-    for number, ((column, (label, color, _, _)), hatch) in enumerate(zip(_CURVES.items(), _HATCHES, strict=True)):
-        place = np.arange(len(networks)) + (number - (len(_CURVES) - 1) / 2) * width
-        means = table.groupby("network")[column].mean().loc[networks]
-        new.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
-        where = [place[networks.index(network)] for network in table.network]
-        new.plot(where, table[column], "o", color="black", markersize=2)
-    new.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
-    new.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
+    _draw_bars(table, {column: (label, color) for column, (label, color, _, _) in _CURVES.items()}, new)
     if axes is None:
         _legend_below(new)
     return new
@@ -1108,6 +1102,113 @@ def method_dots(tables: Mapping[str, pd.DataFrame]) -> Sequence[Axes]:
         empty.set_axis_off()
     _legend_below(grid[0, 0])
     return list(grid.flat)
+
+
+def group_bars(tables: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> Sequence[Axes]:
+    """Draw accuracies of several networks, or of one network under several treatments, side by side.
+
+    Args:
+        tables: A row for each network and seed: ``network`` (what the reader sees), ``seed`` and the accuracies, by the
+            title of the panel; none gives a panel that says so.
+        columns: What each accuracy is called, by its column; four at most.
+
+    Returns:
+        The axes, one a table, one below the other: a bar for the mean over seeds, a dot for each seed.
+    """
+    if not tables:
+        return _panels([])
+    size = (8.4, 0.6 + 3.2 * len(tables))
+    below = plt.subplots(len(tables), 1, figsize=size, squeeze=False)[1][:, 0]
+    looks = {column: (label, color) for (column, label), (color, _, _) in zip(columns.items(), _KINDS, strict=False)}
+    for axes, (title, table) in zip(below, tables.items(), strict=True):
+        _draw_bars(table, looks, axes)
+        axes.set_title(title)
+    _legend_below(below[0])
+    return list(below)
+
+
+def _draw_bars(table: pd.DataFrame, looks: Mapping[str, tuple[str, str]], axes: Axes) -> None:
+    """Draw for each network and each accuracy a bar for the mean over seeds and a dot for each seed."""
+    networks = list(table.network.unique())
+    width = 0.8 / len(looks)
+    for number, ((column, (label, color)), hatch) in enumerate(zip(looks.items(), _HATCHES, strict=False)):
+        place = np.arange(len(networks)) + (number - (len(looks) - 1) / 2) * width
+        means = table.groupby("network")[column].mean().loc[networks]
+        axes.bar(place, means, width, color=color, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+        where = [place[networks.index(network)] for network in table.network]
+        axes.plot(where, table[column], "o", color="black", markersize=2)
+    axes.set_xticks(range(len(networks)), networks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set(ylabel="accuracy (fraction)", ylim=(0, 1.02))
+
+
+def group_histograms(
+    tables: Mapping[str, pd.DataFrame], column: str, label: str, smallest: float = 1e-6
+) -> Sequence[Axes]:
+    """Draw how a positive score is spread among the examples of each group, on logarithmic scales.
+
+    Args:
+        tables: One row an example: ``kind`` (its group) and the score, by the title of the panel, from top to bottom;
+            none gives a panel that says so.
+        column: The score.
+        label: What it is called, with its unit.
+        smallest: What is smaller is drawn here.
+
+    Returns:
+        The axes, one below the other with the same scale: for each group the share of its examples in each bin, filled
+        and with an outline and a hatching of its own, and a vertical line at its 95 % quantile.
+
+    Source:
+        Bayat et al. (2025), Figure 2.
+    """
+    if not tables:
+        return _panels([])
+    size = (6.4, 0.9 + 1.7 * len(tables))
+    stack = plt.subplots(len(tables), 1, sharex=True, sharey=True, squeeze=False, figsize=size)[1][:, 0]
+    values = pd.concat([table[column] for table in tables.values()]).clip(lower=smallest)
+    bins = np.geomspace(values.min() * 0.99, values.max() * 1.01, 31).tolist()
+    for axes, (title, table) in zip(stack, tables.items(), strict=True):
+        for number, (kind, (color, line, _)) in enumerate(zip(table.kind.unique(), _KINDS, strict=False)):
+            scores = table[column][table.kind == kind].clip(lower=smallest)
+            weights = np.full(len(scores), 1 / max(1, len(scores)))
+            hatch = _HATCHES[1 - number % 2]
+            axes.hist(scores, bins, weights=weights, color=color, alpha=0.3, hatch=hatch, label=kind)
+            axes.hist(scores, bins, weights=weights, color=color, histtype="step", linestyle=line, linewidth=1.6)
+            axes.axvline(scores.quantile(0.95), color=color, linestyle=line, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set(xscale="log", yscale="log", ylabel="share (fraction)")
+    stack[-1].set_xlabel(label)
+    _legend_below(stack[0])
+    return list(stack)
+
+
+def influence_scatter(tables: Mapping[str, pd.DataFrame], columns: int = 3) -> Sequence[Axes]:
+    """Draw the predicted drop of an example's probability against the exact one.
+
+    Args:
+        tables: One row an example: ``kind`` (its group), ``predicted`` and ``drop``, by the title of the panel; none
+            gives a panel that says so.
+        columns: Panels in a row.
+
+    Returns:
+        The axes, one a table, with a dotted line where both are the same.
+    """
+    if not tables:
+        return _panels([])
+    rows = -(-len(tables) // columns)
+    grid = plt.subplots(rows, columns, squeeze=False, figsize=(3.2 * columns, 0.6 + 3.0 * rows))[1]
+    axes = list(grid.flat)
+    for each, (title, table) in zip(axes, tables.items(), strict=False):
+        for kind, (color, _, marker) in zip(table.kind.unique(), _KINDS, strict=False):
+            own = table[table.kind == kind]
+            each.plot(own.predicted, own["drop"], marker, color=color, markersize=3.5, alpha=0.6, label=kind)
+        low, high = table[["predicted", "drop"]].min().min(), table[["predicted", "drop"]].max().max()
+        each.plot([low, high], [low, high], ":", color="black", linewidth=1)
+        each.set_title(title, fontsize=10)
+        each.set(xlabel="predicted drop", ylabel="exact drop")
+    for empty in axes[len(tables) :]:
+        empty.set_axis_off()
+    _legend_below(axes[0])
+    return axes[: len(tables)]
 
 
 def _phases(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,17 +3,20 @@
 import math
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from memloc import datasets, dropout, labelnoise, models, runs
+from memloc import datasets, fairdropout, labelnoise, models, runs, spurious_images
 from memloc.evaluation import PRECISIONS
 
-__all__ = ["SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
+__all__ = ["LOSSES", "SCHEDULES", "VERSION", "Recipe", "Settings", "learning_rate"]
 
 VERSION = 1
 """Part of every run's address, raised whenever the same recipe would give other weights."""
 
 SCHEDULES = ("cosine", "triangle")
+
+LOSSES = ("cross_entropy", "xrm", "mat")
+"""What a recipe can train by: cross-entropy, cross-risk minimization of two networks, memorization-aware training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +81,30 @@ class Recipe(Settings):
 
     Attributes:
         dataset: One of :data:`memloc.sources.NAMES`.
-        size: Height and width to which the images are resized; None leaves them.
+        attribute: What goes along with the label without being its reason: one of
+            :data:`memloc.spurious_images.ATTRIBUTES`, or ``"none"``. With one, the data are grouped and of two classes,
+            digits from 5 and below 5.
+        correlation: Share of the training examples whose attribute is the label, on photographs.
+        opacity: Of the digits on photographs, above 0.
+        size: Height and width to which the images are resized; None leaves them (digits with an attribute are then of
+            14 pixels in colour and 32 on photographs).
         examples: The first so many training examples; None takes all.
         noise: One of :data:`memloc.labelnoise.KINDS`.
-        noise_rate: Share of the training labels that are replaced.
+        noise_rate: Share of the training labels that are replaced. The group of an example is that of the label it is
+            trained on. Coloured digits allow none: a share of their labels is wrong already, and noise starts from the
+            true ones.
         model: One of :data:`memloc.models.NAMES`.
         width: Scale of the network; None takes the network's own default.
-        dropout: One of :data:`memloc.dropout.KINDS`.
+        dropout: One of :data:`memloc.fairdropout.KINDS`.
         dropout_places: Where it is, names of :func:`memloc.dropout.slots` with commas between them; ``"all"`` for all.
         p_gen: Share of generalization channels of example-tied dropout.
-        p_mem: Probability of its memorization channels.
+        p_mem: Probability of its memorization channels, or their share for each example with ``"fair"``.
         dropout_rate: Probability of the other dropouts to switch something off.
+        loss: One of :data:`LOSSES`. With ``"xrm"`` the run is of a :class:`memloc.pairs.Pair` of such networks; with
+            ``"mat"`` it is of one network, and takes the held-out predictions of the pair of the same recipe, which is
+            trained first and kept as a run of its own (:attr:`pair`).
+        temperature: Of held-out predictions with ``"mat"``, above 0 (:func:`memloc.mat.logit_shift`).
+        label_smoothing: Share of each label that is spread evenly over all classes, with ``"cross_entropy"``.
 
     Example:
         >>> Recipe(dataset="cifar10", model="resnet9", seed=4).address
@@ -96,6 +112,9 @@ class Recipe(Settings):
     """
 
     dataset: str = "digits"
+    attribute: str = "none"
+    correlation: float = 0.95
+    opacity: float = 1.0
     size: int | None = None
     examples: int | None = None
     noise: str = "flip"
@@ -107,26 +126,52 @@ class Recipe(Settings):
     p_gen: float = 0.2
     p_mem: float = 0.1
     dropout_rate: float = 0.5
+    loss: str = "cross_entropy"
+    temperature: float = 0.1
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("dataset", self.dataset, datasets.NAMES)
         check_one_of("noise", self.noise, labelnoise.KINDS)
         check_one_of("model", self.model, models.NAMES)
-        check_one_of("dropout", self.dropout, dropout.KINDS)
+        check_one_of("dropout", self.dropout, fairdropout.KINDS)
+        check_one_of("attribute", self.attribute, ("none", *spurious_images.ATTRIBUTES))
         if not isinstance(self.dropout_places, str):
             raise ValueError(f"dropout_places must be a text such as 'all', got {self.dropout_places!r}")
         for name in ("size", "examples", "width"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate"):
+        for name in ("noise_rate", "p_gen", "p_mem", "dropout_rate", "correlation", "opacity", "label_smoothing"):
             self._take_number(name, "a fraction from 0 to 1", 1.0)
+        check_one_of("loss", self.loss, LOSSES)
+        self._take_number("temperature", "a finite number above 0", sys.float_info.max)
+        if self.temperature == 0:
+            raise ValueError("temperature must be a finite number above 0, got 0.0")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            got = f"{self.label_smoothing} with {self.loss!r}"
+            raise ValueError(f"label_smoothing must be 0 for any loss but 'cross_entropy', got {got}")
+        if self.attribute == "colour" and (self.noise_rate or self.noise != "flip"):
+            got = f"{self.noise_rate} and {self.noise!r}"
+            raise ValueError(
+                f"noise_rate must be 0 and noise 'flip' for coloured digits, whose labels are noisy already, got {got}"
+            )
 
     @property
     def address(self) -> str:
         """The name under which :func:`memloc.training.fit` keeps the run."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return runs.address(chosen, VERSION)
+
+    @property
+    def pair(self) -> "Recipe":
+        """The recipe of the pair whose held-out predictions ``loss="mat"`` takes; all temperatures share it.
+
+        Example:
+            >>> Recipe(loss="mat", seed=3, temperature=0.01).pair == Recipe(loss="xrm", seed=3)
+            True
+        """
+        return replace(self, loss="xrm", temperature=Recipe.temperature, label_smoothing=0.0)
 
 
 def _check_at_least(name: str, value: object, least: int) -> None:

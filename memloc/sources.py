@@ -407,12 +407,13 @@ def _read_idx(files: Iterable[bytes]) -> Tensors:
     return tuple(tensors)
 
 
-def check_name(name: str, known: Collection[str]) -> None:
+def check_name(name: str, known: Collection[str], argument: str = "name") -> None:
     """Refuse a name that is not known.
 
     Args:
         name: What was asked for.
         known: What there is.
+        argument: What the caller calls it, for the message.
 
     Raises:
         ValueError: If the name is not among them; it says which one comes nearest.
@@ -424,7 +425,7 @@ def check_name(name: str, known: Collection[str]) -> None:
     """
     if name not in known:
         near = "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, known, 1))
-        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}{near}")
+        raise ValueError(f"{argument} must be one of {', '.join(known)}, got {name!r}{near}")
 
 
 def _folder(given: str | os.PathLike[str] | None) -> Path:

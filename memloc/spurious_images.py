@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,17 @@ from memloc import datasets
 from memloc.groups import GroupedData, GroupedSplit, grouped
 from memloc.randomness import generator
 from memloc.sources import check_name
-from memloc.spurious import correlated_attributes
 
-__all__ = ["COLOURINGS", "PHOTOGRAPHS", "Colouring", "coloured_digits", "digits_on_photographs"]
+__all__ = ["ATTRIBUTES", "COLOURINGS", "PHOTOGRAPHS", "Colouring", "coloured_digits", "digits_on_photographs", "load"]
 
 _CLASSES = ("5 to 9", "0 to 4")
 _SCENES = ("airplane", "ship"), ("deer", "frog")  # classes of CIFAR-10
 
 PHOTOGRAPHS: Mapping[str, tuple[str, str]] = {"samples": ("flower", "temple"), "cifar10": ("sky and sea", "land")}
 """Where :func:`digits_on_photographs` takes its backgrounds from, and the names of their two kinds."""
+
+ATTRIBUTES = ("colour", *PHOTOGRAPHS)
+"""What :func:`load` lets go along with the label: the digit's colour, or the kind of photograph it is on."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def coloured_digits(
         >>> data.train, data.group_names[1]
         (GroupedSplit(images (1080, 2, 14, 14), ... noisy, on cpu, 2 attributes), '5 to 9, green')
     """
+    if not isinstance(colouring, Colouring):
+        raise ValueError(f"colouring must be a Colouring, got {colouring!r}: take one from COLOURINGS")
     splits = _digits(name, size, examples, root)
 
     def colour(split: str, images: Tensor, digits: Tensor) -> GroupedSplit:
@@ -177,7 +182,9 @@ def digits_on_photographs(
     """
     if not 0 < opacity <= 1:
         raise ValueError(f"opacity must be above 0 and at most 1, got {opacity}")
-    check_name(photographs, PHOTOGRAPHS)
+    check_name(photographs, PHOTOGRAPHS, "photographs")
+    from memloc.spurious import correlated_attributes  # not above: it brings scipy.stats, which takes a second
+
     splits = _digits(name, size, examples, root)
     kinds = _samples(size) if photographs == "samples" else _scenes(size, root)
 
@@ -196,6 +203,53 @@ def digits_on_photographs(
     return GroupedData(title, _CLASSES, train, test, validation, PHOTOGRAPHS[photographs]).to(device)
 
 
+def load(
+    name: str,
+    attribute: str,
+    *,
+    seed: int,
+    size: int | None = None,
+    examples: int | None = None,
+    correlation: float = 0.95,
+    opacity: float = 1.0,
+    device: torch.device | str = "cpu",
+    root: str | os.PathLike[str] | None = None,
+) -> GroupedData:
+    """Make one of the data sets with a spurious attribute by name, as recipes do.
+
+    Args:
+        name: A data set of ten classes in grey, e.g. ``"digits"`` or ``"mnist"``.
+        attribute: One of :data:`ATTRIBUTES`. ``"colour"`` gives :func:`coloured_digits` with the colouring ``"color"``,
+            ``"samples"`` and ``"cifar10"`` give :func:`digits_on_photographs` of that kind.
+        seed: Decides the attributes, and what they look like.
+        size: Side of the images in pixels; None takes 14 for colours and 32 on photographs.
+        examples: Take only the first so many training examples; by default all of them.
+        correlation: Share of the training examples whose attribute is the label, on photographs; colours have shares
+            of their own.
+        opacity: Of the digits on photographs.
+        device: Where the tensors go.
+        root: The folder that holds the data sets; by default :func:`memloc.sources.root`.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: If an argument is out of range, or the data set is not of ten classes in grey.
+        FileNotFoundError: If the data are not on this machine.
+
+    Example:
+        >>> load("digits", "samples", seed=0, examples=100).name
+        'digits on samples'
+    """
+    check_name(attribute, ATTRIBUTES, "attribute")
+    which: dict[str, Any] = {"seed": seed, "examples": examples, "device": device, "root": root}
+    if size is not None:
+        which["size"] = size
+    if attribute == "colour":
+        return coloured_digits(name, **which)
+    return digits_on_photographs(name, attribute, correlation=correlation, opacity=opacity, **which)
+
+
 def _digits(
     name: str, size: int, examples: int | None, root: str | os.PathLike[str] | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -207,7 +261,7 @@ def _digits(
     images, digits = data.train.images, data.train.labels
     cut = len(images) * 5 // 6
     taken = cut if examples is None else examples
-    if not 1 <= taken <= cut:
+    if not isinstance(taken, int) or not 1 <= taken <= cut:
         raise ValueError(f"examples must be from 1 to {cut}, all that {name} has for training, got {examples}")
     return {
         "train": (images[:taken], digits[:taken]),

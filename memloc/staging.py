@@ -134,7 +134,7 @@ def scoreboard(root: Path, executed: Mapping[str, Path]) -> str:
                 str(metrics["paper"]),
             ]
         )
-    return _table(["Claim", "This build", "Real data", "The paper says"], rows)
+    return _table(["Claim", "This build", "Recorded runs", "The paper says"], rows)
 
 
 def _verdict(metrics: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:

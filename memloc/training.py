@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from memloc import datasets, dropout, labelnoise, models, runs
+from memloc import datasets, dropout, fairdropout, labelnoise, models, runs, spurious_images
 from memloc.datasets import Data
 from memloc.evaluation import autocast, evaluate
+from memloc.mat import MATLoss
 from memloc.observers import Batch, Observer
-from memloc.randomness import generator, seeded
+from memloc.pairs import Pair, held_out_logits
+from memloc.randomness import derive, generator, seeded
 from memloc.recipes import VERSION, Recipe, Settings, check_one_of, learning_rate
 
 __all__ = [
@@ -36,9 +39,9 @@ Loss = Callable[[Tensor, Batch], Tensor]
 Stop = Callable[[Sequence[Mapping[str, Any]]], bool]
 
 
-def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy of each example in nats, shape ``(B,)``: the default loss of :func:`train`."""
-    return F.cross_entropy(logits, batch.labels, reduction="none")
+    return F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
 
 
 class _Loop:
@@ -311,29 +314,51 @@ def prepare(recipe: Recipe, device: str | torch.device = "cpu") -> Data:
         device: Where the tensors go; ``"auto"`` takes a GPU where there is one.
 
     Returns:
-        Training examples with noisy labels, test examples as they are.
+        Training examples with noisy labels, test examples as they are. A :class:`memloc.groups.GroupedData` where the
+        recipe has an attribute.
 
     Raises:
+        ValueError: If the data set can have no attribute, or not the noise.
         FileNotFoundError: If the data are not on this machine; the message has the command that gets them.
     """
-    target = pick_device(str(device))
-    data = datasets.load(recipe.dataset, size=recipe.size, examples=recipe.examples, device=target)
+    which: dict[str, Any] = {"size": recipe.size, "examples": recipe.examples, "device": pick_device(str(device))}
+    if recipe.attribute == "none":
+        data = datasets.load(recipe.dataset, **which)
+    else:
+        which |= {"seed": recipe.seed, "correlation": recipe.correlation, "opacity": recipe.opacity}
+        data = spurious_images.load(recipe.dataset, recipe.attribute, **which)
+        if recipe.attribute == "colour":
+            return data  # its wrong labels are to stay, and noise would start from the true ones
     return labelnoise.apply(data, recipe.noise, recipe.noise_rate, recipe.seed)
 
 
-def _build(recipe: Recipe, shape: Mapping[str, int], examples: int | None) -> nn.Module:
-    """Build the network of a recipe, dropout included, for so many training examples."""
+def _build(recipe: Recipe, shape: Mapping[str, int], examples: int | None, labels: Tensor | None = None) -> nn.Module:
+    """Build the network of a recipe, dropout included, for so many training examples; labels are for a new pair."""
+    if recipe.loss == "xrm":
+        alone = (replace(recipe, loss="cross_entropy", seed=derive(recipe.seed, "twin", twin)) for twin in "AB")
+        first, second = (_build(twin, shape, examples) for twin in alone)
+        return Pair(first, second, torch.zeros(examples or 0).long() if labels is None else labels, recipe.seed)
     model = models.build(recipe.model, width=recipe.width, seed=recipe.seed, **shape)
-    return dropout.insert(
-        model,
-        recipe.dropout,
-        places=None if recipe.dropout_places == "all" else recipe.dropout_places.split(","),
-        count=examples,
-        p_gen=recipe.p_gen,
-        p_mem=recipe.p_mem,
-        rate=recipe.dropout_rate,
-        seed=recipe.seed,
-    )
+    places = list(dropout.slots(model)) if recipe.dropout_places == "all" else recipe.dropout_places.split(",")
+    tied: dict[str, Any] = {"count": examples, "p_gen": recipe.p_gen, "p_mem": recipe.p_mem, "seed": recipe.seed}
+    if recipe.dropout == "fair":
+        for place in places:
+            fairdropout.insert(model, place, **tied)
+        return model
+    return dropout.insert(model, recipe.dropout, places=places, rate=recipe.dropout_rate, **tied)
+
+
+def _loss(recipe: Recipe, model: nn.Module, data: Data, progress: bool | None) -> Loss:
+    """Choose the loss of a recipe; for memorization-aware training the pair is fitted first."""
+    if isinstance(model, Pair):
+        return model.loss
+    if recipe.loss == "cross_entropy":
+        return partial(cross_entropy, label_smoothing=recipe.label_smoothing)
+    train, device = data.train, data.train.images.device
+    # No two processes wait for each other: whoever holds the run of a pair never asks for another.
+    pair = load_model(fit(recipe.pair, device=device, checkpoints=[], progress=progress), device=device)
+    numerics: dict[str, Any] = {"precision": recipe.precision, "channels_last": recipe.channels_last}
+    return MATLoss(held_out_logits(pair, train.images, **numerics), train.labels, recipe.temperature)
 
 
 def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
@@ -345,7 +370,7 @@ def load_model(run: runs.Run, epoch: int | None = None, device: str | torch.devi
         device: Where it goes.
 
     Returns:
-        The network, in training mode.
+        The network, in training mode; a :class:`memloc.pairs.Pair` where the recipe has the loss ``"xrm"``.
 
     Raises:
         KeyError: If the weights of that epoch were not kept.
@@ -367,7 +392,8 @@ def fit(
     """Give the run of a recipe: load it if it is whole, resume it if it was interrupted, train it if it is new.
 
     Two processes that ask for the same run train it once; the second waits. A whole run that lacks a wanted epoch or
-    observer is trained again with it, and keeps what it had.
+    observer is trained again with it, and keeps what it had. Where a recipe has the loss ``"mat"``, the run of its pair
+    is given in the same way first (:attr:`memloc.recipes.Recipe.pair`).
 
     Args:
         recipe: What to train.
@@ -409,8 +435,8 @@ def fit(
         data = prepare(recipe, device)
         images = data.train.images
         shape = {"in_channels": images.shape[1], "size": images.shape[2], "num_classes": data.num_classes}
-        model = _build(recipe, shape, len(images))
-        loop = _Loop(model, data, recipe, cross_entropy, observers)
+        model = _build(recipe, shape, len(images), data.train.labels)
+        loop = _Loop(model, data, recipe, _loss(recipe, model, data, progress), observers)
         writer = runs.Writer(recipe.address, recipe)
         state = writer.resume(set(watching), wanted)
         if state is not None:

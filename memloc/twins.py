@@ -17,6 +17,7 @@ from memloc.copies import (
     make_copies,
     take,
 )
+from memloc.evaluation import classes as predicted_classes
 from memloc.randomness import derive, generator
 
 __all__ = ["Twins", "flip_probability", "train_twins"]
@@ -196,6 +197,8 @@ def train_twins(
         zero=not hidden if zero is None else zero,
         device=features.device,
     ).clone(trainable=True)
+    if validation is not None:
+        networks.check(validation[0])
     rates = descent.rates(pairs)
     optimizer = Optimizer(networks.parameters, replace(descent, learning_rate=rates.repeat_interleave(2).tolist()))
     flipped = labels.clone()
@@ -236,7 +239,7 @@ def _by_half(logits: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mistakes(logits: Tensor, labels: Tensor) -> Tensor:
     """Say which examples at least one twin of each pair gets wrong, shape ``(S, N)``."""
-    return (logits.argmax(2).unflatten(0, (-1, 2)) != labels[..., None, :]).any(1)
+    return (predicted_classes(logits).unflatten(0, (-1, 2)) != labels[..., None, :]).any(1)
 
 
 def _halves(seeds: Sequence[int], labels: Tensor) -> Tensor:

@@ -227,3 +227,14 @@ def test_what_is_missing_or_unknown_is_refused_in_one_line():
     with pytest.raises(ValueError, match="features and groups must have shapes"):
         environments = one_hot(TRAIN.groups)[None]
         compare(TRAIN, VALIDATION, TEST, DESCENT, seeds=[0], methods=["groupdro_xrm"], environments=environments)
+    for bad in (VALIDATION.groups[1:], VALIDATION.groups.expand(3, -1)):
+        with pytest.raises(ValueError, match="inferred groups must"):
+            compare(TRAIN, VALIDATION, TEST, DESCENT, seeds=[0], methods=["erm"], inferred=bad)
+    for bad in ({"first_steps": 0}, {"upweight": -1.0}, {"upweight": float("nan")}):
+        with pytest.raises(
+            ValueError, match="first_steps must be at least 1 and upweight a finite number at least 0, got"
+        ):
+            compare(TRAIN, VALIDATION, TEST, DESCENT, seeds=[0], methods=["jtt"], **bad)
+    own = Grouped(TEST.features.expand(3, -1, -1), TEST.labels, TEST.groups)
+    with pytest.raises(ValueError, match="with S = 1, got"):
+        compare(TRAIN, VALIDATION, own, DESCENT, seeds=[0], methods=["erm"])

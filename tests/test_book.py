@@ -350,6 +350,8 @@ VERDICTS = {
     "spurious": "partly",
     "good_bad_ugly": "partly",
     "mat": "holds",
+    "influence": "partly",
+    "fairdropout": "does not hold",
 }
 
 

@@ -155,6 +155,18 @@ def test_what_does_not_fit_is_refused_in_one_line():
     for rate in ((0.1, 0.2), -1.0, float("nan")):
         with pytest.raises(ValueError, match="one for each of 3 copies"):
             Descent(learning_rate=rate).rates(3)
+    copies = make_copies(5, 2, [0, 1])
+    for bad in (
+        torch.zeros(3, 4),
+        torch.zeros(3, 5).double(),
+        torch.zeros(3, 3, 5),
+        torch.zeros(0, 3, 5),
+        torch.zeros(5),
+    ):
+        with pytest.raises(
+            ValueError, match=r"features must be torch.float32 \(N, 5\) or \(F, N, 5\) where F divides 2"
+        ):
+            copies(bad)
     with pytest.raises(ValueError, match=r"got \(4, 3\) and \(5, 4\)"):
         check_examples(torch.zeros(4, 3), torch.zeros(5, 4, dtype=torch.int64), 6)
     with pytest.raises(ValueError, match=r"got \(2, 4, 3\) and \(3, 4\)"):

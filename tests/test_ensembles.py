@@ -115,6 +115,14 @@ def test_groups_that_a_batch_lacks_keep_their_weight_but_for_the_sum():
     torch.testing.assert_close(factors[0], torch.stack([found[0, 0] / 2, found[0, 0] / 2, found[0, 2]]))
 
 
+def test_priorities_of_great_losses_do_not_overflow():
+    priority, losses, groups = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[300.0, 301.0]]), torch.tensor([[0, 1]])
+    found, factors = _prioritise(priority, losses, groups, 1.0)
+    expected = torch.tensor([[1 / (1 + math.e), math.e / (1 + math.e), 0.0]])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(factors, expected[:, :2])
+
+
 def test_with_rate_0_groups_count_alike():
     data = examples()
     copies = make_copies(5, 3, [0], hidden=[4])
@@ -246,11 +254,16 @@ def test_what_does_not_fit_is_refused_in_one_line():
         train_copies(copies, data, descent, weights=torch.ones(3, 60))
     with pytest.raises(ValueError, match=r"shift must have shape \(60, 3\) or \(2, 60, 3\), got \(60, 2\)"):
         train_copies(copies, data, descent, shift=torch.ones(60, 2))
-    for bad in (-torch.ones(60), torch.zeros(60)):
-        with pytest.raises(ValueError, match="weights must be at least 0 and above 0 for an example of every copy"):
+    for bad in (-torch.ones(60), torch.zeros(60), torch.full((60,), math.inf), torch.full((60,), math.nan)):
+        with pytest.raises(ValueError, match="weights must be finite, at least 0, and above 0 for an example of every"):
             train_copies(copies, data, descent, weights=bad)
-    with pytest.raises(ValueError, match="group_rate must be at least 0, got -1"):
-        train_copies(copies, data, descent, group_rate=-1)
+    for bad in (-1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"group_rate must be a finite number at least 0, got {bad}"):
+            train_copies(copies, data, descent, group_rate=bad)
+    with pytest.raises(
+        ValueError, match=r"shift must give one number for each logit, shape \(2, 60, 3\), got \(2, 60, 1\)"
+    ):
+        train_copies(copies, data, descent, shift=lambda indices: torch.zeros(*indices.shape, 1))
     for bad in ({"smoothing": 1.5}, {"dropout": 1.0}, {"smoothing": float("nan")}):
         with pytest.raises(ValueError, match="smoothing must be from 0 to 1 and dropout from 0 to below 1, got"):
             train_copies(copies, data, descent, **bad)
@@ -263,3 +276,25 @@ def test_what_does_not_fit_is_refused_in_one_line():
     wide = replace(data, features=data.features.expand(3, -1, -1))
     with pytest.raises(ValueError, match="S = 2, got"):
         train_copies(copies, wide, descent)
+    with pytest.raises(ValueError, match="S = 2, got"):
+        train_copies(copies, data, descent, watch={"test": replace(data, labels=data.labels.expand(3, -1))})
+
+
+def test_groups_and_splits_that_were_not_watched_are_refused_in_one_line():
+    training = watched()
+    for ask in (training.accuracies, training.average_accuracy, training.selected):
+        with pytest.raises(ValueError, match="split must be one of test, got 'train'"):
+            ask("train")
+    with pytest.raises(
+        ValueError, match=r"features and groups must have shapes .* with S = 2, got \(5, 1\) and \(3, 5\)"
+    ):
+        training.selected("test", torch.zeros(3, 5, dtype=torch.int64))
+
+
+def test_a_network_that_has_diverged_is_right_about_nothing():
+    data = examples()
+    weights = torch.stack([torch.zeros(3, 5), torch.full((3, 5), math.nan)])
+    found = train_copies(Copies((0, 1), (weights,)), data, Descent(steps=1, learning_rate=0.0), watch={"test": data})
+    assert (found.predictions["test"][:, 1] == -1).all()
+    assert found.average_accuracy("test")[:, 1].tolist() == [0, 0]
+    assert (found.average_accuracy("test")[:, 0] > 0).all()

@@ -7,7 +7,8 @@ from pathlib import Path
 import memloc
 
 PACKAGE = Path(memloc.__file__).parent
-METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping", "mat", "twins"}
+METHODS = {"gradients", "early_gradients", "rewinding", "retraining", "flipping", "influence", "leave_one_out"}
+LOSSES = {"mat", "twins", "pairs"}  # methods that are ways to train: fit() takes recipes with them
 
 
 def imported(path):
@@ -27,6 +28,12 @@ def test_any_module_can_be_imported_first():
     """In the reference code the module of dropout cannot."""
     assert IMPORTS["models"] >= {"dropout", "vit"}
     list(graphlib.TopologicalSorter(IMPORTS).static_order())  # a cycle raises
+
+
+def test_what_is_a_loss_knows_nothing_of_the_training_that_follows_it():
+    for module in LOSSES:
+        assert "training" not in IMPORTS[module], module
+    assert IMPORTS["training"] >= {"mat", "pairs"}
 
 
 def test_methods_do_not_import_each_other_and_nothing_below_imports_one():

@@ -3,7 +3,17 @@ import typing
 
 import pytest
 
-from memloc import datasets, dropout, evaluation, labelnoise, models, parameters, recipes, rewinding, spurious_images
+from memloc import (
+    datasets,
+    evaluation,
+    fairdropout,
+    labelnoise,
+    models,
+    parameters,
+    recipes,
+    rewinding,
+    spurious_images,
+)
 from memloc.parameters import PARAMETERS, ParameterError
 
 KNOWN = {"epochs": 20, "dataset": "digits", "noise_rate": 0.1, "examples": None, "augment": False}
@@ -143,13 +153,15 @@ def test_a_parameters_cell_of_anything_but_typed_literals_is_refused(line, compl
     [
         ("dataset", datasets.NAMES),
         ("noise", labelnoise.KINDS),
-        ("dropout", dropout.KINDS),
+        ("dropout", fairdropout.KINDS),
         ("model", models.NAMES),
         ("other_model", models.NAMES),
         ("schedule", recipes.SCHEDULES),
         ("precision", evaluation.PRECISIONS),
         ("batch_norm", rewinding.BATCH_NORM),
         ("photographs", spurious_images.PHOTOGRAPHS),
+        ("attribute", ("none", *spurious_images.ATTRIBUTES)),
+        ("loss", recipes.LOSSES),
     ],
 )
 def test_the_choices_are_those_of_the_package(name, choices):

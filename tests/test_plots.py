@@ -651,3 +651,66 @@ def test_errors_of_one_seed_stand_in_the_middle_and_none_say_so():
     (axes,) = plots.error_dots({"digits": table}, {"error": "mean"})
     assert list(axes.get_lines()[0].get_xdata()) == [0]
     assert plots.error_dots({}, {"error": "mean"})[0].texts[0].get_text() == "nothing to show yet"
+
+
+def test_accuracies_of_groups_are_bars_of_means_with_a_dot_for_each_seed():
+    rows = [
+        {"network": network, "seed": seed, "worst": worst + seed / 10, "average": 0.9}
+        for network, worst in (("plain", 0.2), ("fair", 0.4)) for seed in (0, 2)
+    ]  # fmt: skip
+    columns = {"worst": "worst group", "average": "mean of the groups"}
+    axes = plots.group_bars({"digits": pd.DataFrame(rows), "more": pd.DataFrame(rows)}, columns)
+    assert [each.get_title() for each in axes] == ["digits", "more"]
+    assert [bar.get_height() for bar in axes[0].patches] == pytest.approx([0.3, 0.5, 0.9, 0.9])
+    dots = axes[0].get_lines()[0]
+    assert list(dots.get_ydata()) == pytest.approx([0.2, 0.4, 0.4, 0.6])
+    assert list(dots.get_xdata()) == pytest.approx([-0.2, -0.2, 0.8, 0.8])
+    assert len({bar.get_hatch() for bar in axes[0].patches}) == 2
+    assert [text.get_text() for text in axes[0].get_figure().legends[0].texts] == list(columns.values())
+    assert drawn(axes[0])
+    assert plots.group_bars({}, columns)[0].texts[0].get_text() == "nothing to show yet"
+
+
+@pytest.fixture
+def scored():
+    kinds = ["minority"] * 4 + ["majority"] * 5
+    scores = [1e-9, 0.1, 0.2, 0.4, 1e-3, 2e-3, 2e-3, 4e-3, 8e-3]
+    return pd.DataFrame({"kind": kinds, "score": scores})
+
+
+def test_histograms_of_groups_are_shares_of_each_with_a_line_at_the_95_percent_quantile(scored):
+    top, bottom = plots.group_histograms({"plain": scored, "other": scored}, "score", "score (nats)")
+    assert [top.get_title(), bottom.get_title()] == ["plain", "other"]
+    bars = [patch for patch in top.patches if patch.get_hatch() or isinstance(patch, mpl.patches.Rectangle)]
+    minority, majority = bars[:30], bars[30:60]
+    assert sum(bar.get_height() for bar in minority) == pytest.approx(1)
+    assert sum(bar.get_height() for bar in majority) == pytest.approx(1)
+    assert minority[0].get_height() == pytest.approx(1 / 4)  # what is too small
+    assert [line.get_xdata()[0] for line in top.get_lines()] == pytest.approx([0.37, 0.0072])
+    assert {top.get_xscale(), top.get_yscale()} == {"log"}
+    assert (top.get_xlabel(), bottom.get_xlabel()) == ("", "score (nats)")
+    assert drawn(top)
+
+
+def test_groups_in_histograms_differ_in_colour_line_and_hatching(scored):
+    (axes,) = plots.group_histograms({"plain": scored}, "score", "score (nats)")
+    first, second = axes.get_lines()
+    assert first.get_color() != second.get_color()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert len({bar.get_hatch() for bar in axes.patches if isinstance(bar, mpl.patches.Rectangle)}) == 2
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["minority", "majority"]
+    assert plots.group_histograms({}, "score", "")[0].texts[0].get_text() == "nothing to show yet"
+
+
+def test_a_scatter_has_each_group_and_a_line_where_prediction_and_truth_agree():
+    table = pd.DataFrame({"kind": ["minority", "majority"], "predicted": [0.5, 0.0], "drop": [0.6, -0.1]})
+    axes = plots.influence_scatter(dict.fromkeys("abcd", table))
+    assert len(axes) == 4
+    minority, majority, same = axes[3].get_lines()
+    assert (list(minority.get_xdata()), list(minority.get_ydata())) == ([0.5], [0.6])
+    assert (list(majority.get_xdata()), list(majority.get_ydata())) == ([0.0], [-0.1])
+    assert list(same.get_xdata()) == list(same.get_ydata()) == [-0.1, 0.6]
+    assert minority.get_marker() != majority.get_marker()
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("predicted drop", "exact drop")
+    assert drawn(axes[0])
+    assert plots.influence_scatter({})[0].texts[0].get_text() == "nothing to show yet"

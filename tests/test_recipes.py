@@ -45,6 +45,23 @@ def test_the_schedules_rise_and_fall_as_the_reference_code_has_them():
         ({"augment": "no"}, "augment must be True or False, got 'no'"),
         ({"channels_last": 1}, "channels_last must be True or False, got 1"),
         ({"compile": None}, "compile must be True or False, got None"),
+        ({"attribute": "color"}, "attribute must be one of none, colour, samples, cifar10, got 'color'"),
+        ({"correlation": 95}, "correlation must be a fraction from 0 to 1, got 95"),
+        ({"opacity": -0.5}, "opacity must be a fraction from 0 to 1, got -0.5"),
+        ({"attribute": "colour"}, "noise_rate must be 0 and noise 'flip' for coloured digits, .*, got 0.1 and 'flip'"),
+        ({"loss": "MAT"}, "loss must be one of cross_entropy, xrm, mat, got 'MAT'"),
+        ({"temperature": 0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": -1}, "temperature must be a finite number above 0, got -1"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
+        ({"label_smoothing": 10}, "label_smoothing must be a fraction from 0 to 1, got 10"),
+        (
+            {"loss": "mat", "label_smoothing": 0.1},
+            "label_smoothing must be 0 for any loss but 'cross_entropy', got 0.1 with 'mat'",
+        ),
+        (
+            {"attribute": "colour", "noise_rate": 0, "noise": "human-worse"},
+            "noise_rate must be 0 and noise 'flip' for coloured digits, .*, got 0.0 and 'human-worse'",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(change, message):
@@ -59,7 +76,9 @@ def test_what_decides_a_training_decides_its_address():
     loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
     numerics = {"precision": "bf16", "channels_last": True, "compile": True}
     dropout = {"dropout": "tied", "dropout_places": "after0", "p_gen": 0.5, "p_mem": 0.5, "dropout_rate": 0.1}
-    other = data | network | optimizer | loop | numerics | dropout
+    spurious = {"attribute": "samples", "correlation": 0.8, "opacity": 0.5}
+    loss = {"loss": "mat", "temperature": 0.01, "label_smoothing": 0.1}
+    other = data | network | optimizer | loop | numerics | dropout | spurious | loss
     assert set(other) == {field.name for field in fields(Recipe)}
     addresses = {Recipe(**{name: value}).address for name, value in other.items()} | {Recipe().address}
     assert len(addresses) == len(other) + 1
@@ -77,11 +96,19 @@ def test_the_defaults_are_part_of_what_every_address_means():
         "width": None, "epochs": 50, "batch_size": 512, "learning_rate": 0.01, "schedule": "cosine", "momentum": 0.9,
         "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
         "seed": 0, "dropout": "none", "dropout_places": "all", "p_gen": 0.2, "p_mem": 0.1, "dropout_rate": 0.5,
+        "attribute": "none", "correlation": 0.95, "opacity": 1.0,
+        "loss": "cross_entropy", "temperature": 0.1, "label_smoothing": 0.0,
     }  # fmt: skip
 
 
 def test_fields_with_their_default_leave_the_address_alone():
     assert Recipe(seed=1, epochs=50).address == runs.address({"seed": 1}, VERSION)
+
+
+def test_addresses_of_old_recipes_are_what_they_were():
+    # Runs on disk and recorded results are found by them.
+    assert Recipe().address == "7674a781fc38e94c"
+    assert Recipe(dataset="cifar10", model="resnet9", noise_rate=0.25, seed=4).address == "8b2fc401293fbc45"
 
 
 def test_the_version_of_the_loop_is_part_of_the_address(monkeypatch):

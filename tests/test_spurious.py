@@ -331,7 +331,7 @@ def test_over_twenty_seeds_the_toy_without_noise_ends_where_the_reference_code_d
     assert_recorded_accuracies_are_among(found, [f"ERM_sigma0_lr{rate}" for rate in rates])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # about a minute each, because the claim is about twenty seeds of the paper's size
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("noise", "temperatures"),

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from memloc import datasets
-from memloc.spurious_images import COLOURINGS, Colouring, coloured_digits, digits_on_photographs
+from memloc.spurious_images import COLOURINGS, Colouring, coloured_digits, digits_on_photographs, load
 
 SPLITS = ("train", "validation", "test")
 
@@ -125,7 +125,7 @@ def test_the_first_examples_are_coloured_alike_whatever_their_number(coloured):
 
 
 @pytest.mark.parametrize("make", [coloured_digits, digits_on_photographs])
-@pytest.mark.parametrize("examples", [0, 1081])
+@pytest.mark.parametrize("examples", [0, 1081, 1.5])
 def test_a_number_of_examples_that_is_not_there_is_refused(make, examples):
     with pytest.raises(ValueError, match=f"examples must be from 1 to 1080, all that digits has .* got {examples}"):
         make(seed=0, examples=examples)
@@ -145,6 +145,11 @@ def test_shares_that_are_none_are_refused(shares):
         Colouring(shares, (0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="colour_noise must be three shares from 0 to 1"):
         Colouring((0.1, 0.1, 0.1), shares)
+
+
+def test_the_name_of_a_colouring_is_none():
+    with pytest.raises(ValueError, match="colouring must be a Colouring, got 'color': take one from COLOURINGS"):
+        coloured_digits("digits", "color", seed=0)
 
 
 def test_colourings_cannot_be_changed():
@@ -232,13 +237,29 @@ def test_cifar_backgrounds_are_the_images_of_their_kinds_classes_and_each_split_
         ({"opacity": 1.5}, "opacity must be above 0 and at most 1, got 1.5"),
         ({"correlation": 1.5}, "correlation must be from 0 to 1"),
         ({"size": 65}, "size must be at most 64 pixels with samples, got 65: take cifar10"),
-        ({"photographs": "cifar"}, r"name must be one of samples, cifar10, got 'cifar' \(did you mean cifar10\?\)"),
+        ({"photographs": "cifar"}, r"photographs must be one of samples, cifar10, got 'cifar' \(did you mean"),
         ({"name": "digit"}, "did you mean digits"),
     ],
 )
 def test_compositions_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         digits_on_photographs(**{"seed": 0} | changes)
+
+
+def test_data_are_made_by_the_name_of_their_attribute(coloured):
+    def same(one, other):
+        assert (one.name, one.attribute_names) == (other.name, other.attribute_names)
+        for split, twin in ((getattr(one, name), getattr(other, name)) for name in SPLITS):
+            assert torch.equal(split.images, twin.images)
+            assert torch.equal(split.groups, twin.groups)
+
+    same(load("digits", "colour", seed=0), coloured)
+    same(load("digits", "colour", seed=3, size=8), coloured_digits("digits", seed=3, size=8))
+    chosen = {"seed": 3, "size": 16, "examples": 50, "correlation": 0.7, "opacity": 0.4}
+    same(load("digits", "samples", **chosen), digits_on_photographs("digits", "samples", **chosen))
+    assert load("digits", "samples", seed=0, examples=5).train.images.shape == (5, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"attribute must be one of colour, samples, cifar10, got 'color' .* colour"):
+        load("digits", "color", seed=0)
 
 
 def test_missing_photographs_are_one_line_with_the_command(tmp_path):

@@ -4,13 +4,27 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from memloc import datasets, evaluation, labelnoise, models, observers, runs, training
+from memloc import (
+    datasets,
+    evaluation,
+    groups,
+    labelnoise,
+    mat,
+    models,
+    observers,
+    pairs,
+    runs,
+    spurious_images,
+    training,
+)
 from memloc.randomness import seeded
 from memloc.recipes import VERSION, Recipe, Settings, learning_rate
 from memloc.training import fit, train
@@ -461,6 +475,47 @@ def test_accuracies_over_no_examples_are_nan_in_every_history(noise_rate, missin
         assert [name for name in ("clean", "noisy", "restored") if history[f"{name}_accuracy"].isna().all()] == missing
 
 
+@pytest.mark.parametrize("chosen", [{"attribute": "colour", "noise_rate": 0}, {"attribute": "samples", "size": 8}])
+def test_data_with_an_attribute_are_trained_on_like_any_other(chosen):
+    recipe = Recipe(**QUICK | chosen, seed=3)
+    run, data = fit(recipe, observers=[observers.Predictions()]), training.prepare(recipe)
+    made = spurious_images.load("digits", recipe.attribute, seed=3, size=recipe.size, examples=64)
+    assert torch.equal(data.train.images, made.train.images)
+    assert torch.equal(data.validation.attributes, made.validation.attributes)
+    model = models.build(
+        "small_cnn", in_channels=made.train.images.shape[1], size=made.train.images.shape[2], num_classes=2, width=4,
+        seed=3,
+    )  # fmt: skip
+    train(model, data, recipe)
+    assert same(weights(training.load_model(run)), weights(model))
+    assert run.table("predictions")["predictions"].shape == (4, 64)
+
+
+def test_coloured_digits_keep_the_wrong_labels_that_they_bring():
+    data = training.prepare(Recipe(attribute="colour", noise_rate=0))
+    assert data.train.noise_mask.double().mean() > 0.2
+    assert torch.equal(data.train.noise_mask, data.train.labels != data.train.true_labels)
+
+
+def test_noise_on_grouped_data_replaces_labels_and_keeps_attributes_and_the_other_splits():
+    clean, noisy = (
+        training.prepare(Recipe(attribute="samples", size=8, noise_rate=rate, correlation=0.8)) for rate in (0.0, 0.25)
+    )
+    assert noisy.train.noise_mask.sum() == 270
+    assert torch.equal(noisy.train.labels ^ noisy.train.noise_mask, clean.train.labels)
+    assert torch.equal(noisy.train.attributes, clean.train.attributes)
+    assert torch.equal(noisy.train.groups, 2 * noisy.train.labels + clean.train.attributes)
+    assert torch.equal(noisy.validation.groups, clean.validation.groups)
+    assert (clean.train.attributes != clean.train.labels).sum() == int((1 - 0.8) * 1080)
+
+
+def test_data_that_can_have_no_attribute_are_refused():
+    with pytest.raises(ValueError, match="labels are of cifar10, got digits on samples"):
+        training.prepare(Recipe(attribute="samples", noise="human-worse"))
+    with pytest.raises(ValueError, match=r"opacity must be above 0 and at most 1, got 0.0"):
+        training.prepare(Recipe(attribute="samples", opacity=0))
+
+
 class Interrupted(Exception):
     pass
 
@@ -513,6 +568,150 @@ def test_an_interrupted_training_with_other_wishes_starts_anew(monkeypatch):
     monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: trained.append(epoch) or original(loop, epoch))
     assert fit(recipe, checkpoints=[1]).epochs == [1, 3]
     assert trained == [0, 1, 2, 3]
+
+
+# Other losses.
+
+
+def test_labels_are_smoothed_as_torch_does():
+    recipe = Recipe(**QUICK, label_smoothing=0.3)
+
+    def smoothed(logits, batch):
+        return nn.functional.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=0.3)
+
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    train(model, training.prepare(recipe), recipe, loss=smoothed)
+    assert same(fit(recipe).checkpoint(3), weights(model))
+    assert not same(fit(Recipe(**QUICK)).checkpoint(3), weights(model))
+
+
+XRM = Recipe(**QUICK | {"learning_rate": 0.3, "epochs": 4}, loss="xrm", augment=True)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_a_pair_that_was_interrupted_flips_the_same_labels_and_ends_with_the_same_bits(
+    monkeypatch, own_run_store, last
+):
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "whole"))
+    whole = fit(XRM)
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "interrupted"))
+    original = training._Loop.epoch
+    monkeypatch.setattr(training._Loop, "epoch", lambda loop, epoch: original(loop, epoch) if epoch <= last else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(XRM)
+    monkeypatch.setattr(training._Loop, "epoch", original)
+    resumed = fit(XRM)
+    assert all(same(whole.checkpoint(epoch), resumed.checkpoint(epoch)) for epoch in whole.epochs)
+    flipped = [whole.checkpoint(epoch)["flipped_labels"] for epoch in whole.epochs]
+    assert torch.equal(flipped[0], training.prepare(XRM).train.labels)
+    assert all((a != b).any() for a, b in pairwise(flipped[last:])), "the test needs flips after the interruption"
+
+
+def test_the_pair_of_a_run_is_loaded_with_its_halves_and_labels():
+    run, labels = fit(XRM), training.prepare(XRM).train.labels
+    pair = training.load_model(run)
+    assert same(weights(pair), run.checkpoint(4))
+    start = training.load_model(run, 0)
+    assert torch.equal(start.assignment, pairs.Pair(*other_networks(), labels).assignment)
+    first, second = (value for name, value in weights(start).items() if name.endswith("linear.weight"))
+    assert not torch.equal(first, second)
+
+
+def other_networks():
+    return (models.small_cnn(width=4) for _ in range(2))
+
+
+def misleading():
+    """Images in groups: a strong attribute goes along with the label of nine in ten, and a weak one always does."""
+
+    def split(name, share, count):
+        draw = training.generator(0, "test", name)
+        labels = torch.arange(count) % 2
+        attributes = labels ^ (torch.rand(count, generator=draw) >= share).long()
+        images = torch.randn(count, 1, 8, 8, generator=draw)
+        images[:, 0, 0] += 0.7 * (2 * labels - 1)[:, None]
+        images[:, 0, 7] += 2.0 * (2 * attributes - 1)[:, None]
+        return groups.grouped(images, labels, attributes)
+
+    train, test, validation = split("train", 0.9, 300), split("test", 0.5, 400), split("validation", 0.5, 100)
+    return groups.GroupedData("misleading", ("-", "+"), train, test, validation, ("-", "+"))
+
+
+MAT = Recipe(
+    loss="mat", model="mlp", width=16, epochs=10, learning_rate=0.05, batch_size=32, weight_decay=0, noise_rate=0
+)
+
+
+def test_memorization_aware_training_raises_the_accuracy_of_the_worst_group(monkeypatch):
+    data = misleading()
+    monkeypatch.setattr(training, "prepare", lambda recipe, device: data)
+
+    def worst(recipe):
+        network = training.load_model(fit(recipe, checkpoints=[]))
+        predictions = evaluation.classes(evaluation.predict(network, data.test.images))
+        shares = groups.group_accuracies(predictions, data.test.labels, data.test.groups, 4)
+        return groups.worst_group_accuracy(shares)
+
+    for seed in (0, 1):
+        recipe = replace(MAT, seed=seed)
+        assert worst(recipe) > worst(replace(recipe, loss="cross_entropy")) + 0.15
+
+
+def test_memorization_aware_training_follows_the_held_out_predictions_of_its_pair():
+    recipe = Recipe(**QUICK, loss="mat", temperature=0.3, precision="bf16", channels_last=True)
+    run, data = fit(recipe), training.prepare(recipe)
+    pair = training.load_model(fit(replace(recipe, loss="xrm", temperature=0.1)))
+    held_out = pairs.held_out_logits(pair, data.train.images, precision="bf16", channels_last=True)
+    model = models.build("small_cnn", in_channels=1, size=8, num_classes=10, width=4, seed=0)
+    train(model, data, recipe, loss=mat.MATLoss(held_out, data.train.labels, 0.3))
+    assert same(run.checkpoint(3), weights(model))
+    assert same(weights(training.load_model(run)), weights(model))
+
+
+def test_all_temperatures_share_a_pair_and_a_whole_run_does_not_ask_for_it(monkeypatch):
+    recipe, trained, original = Recipe(**QUICK, loss="mat"), [], training._Loop.epoch
+
+    def counted(loop, epoch):
+        trained.append(type(loop.model).__name__)
+        return original(loop, epoch)
+
+    monkeypatch.setattr(training._Loop, "epoch", counted)
+    for temperature in (0.1, 0.01):
+        fit(replace(recipe, temperature=temperature), checkpoints=[])
+    assert trained == ["Pair"] * 4 + ["_SmallCNN"] * 8
+    assert len(runs.addresses()) == 3
+    runs.delete(recipe.pair.address)
+    fit(recipe, checkpoints=[])
+    assert len(trained) == 12
+
+
+def test_memorization_aware_training_goes_on_where_it_was_interrupted(monkeypatch, own_run_store):
+    recipe, original = Recipe(**QUICK, loss="mat"), training._Loop.epoch
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "whole"))
+    whole = fit(recipe)
+    monkeypatch.setenv("MEMLOC_RUNS", str(own_run_store / "interrupted"))
+    trained = []
+    for last in (2, 5):  # in the pair, then in the network itself
+
+        def stop_after(loop, epoch, last=last):
+            trained.append(epoch)
+            return original(loop, epoch) if len(trained) <= last + 1 else 1 / 0
+
+        monkeypatch.setattr(training._Loop, "epoch", stop_after)
+        with pytest.raises(ZeroDivisionError):
+            fit(recipe)
+    monkeypatch.setattr(training._Loop, "epoch", original)
+    assert trained == [0, 1, 2, 3, 3, 0, 1]
+    assert same(fit(recipe).checkpoint(3), whole.checkpoint(3))
+
+
+@pytest.mark.parametrize("kind", ["tied", "standard"])
+def test_dropout_of_any_kind_goes_along_with_memorization_aware_training(kind):
+    recipe = Recipe(**QUICK, loss="mat", dropout=kind)
+    watch = observers.Predictions()
+    assert fit(recipe, observers=[watch]).history.loss.notna().all()
+    assert watch.table()["predictions"].shape == (4, 64)
+    assert fit(recipe.pair).recipe.dropout == kind
 
 
 LONG = Recipe(epochs=60, examples=640, batch_size=32, learning_rate=0.1)

@@ -241,6 +241,13 @@ def test_a_class_that_no_label_has_is_no_obstacle():
     assert found.held_out.isfinite().all()
 
 
+def test_twins_that_have_diverged_are_wrong_about_everything():
+    features, labels, _ = misled()
+    found = train_twins(features * float("nan"), labels, Descent(steps=1))
+    assert found.mistakes.all()
+    assert found.is_degenerate.all()
+
+
 def test_nothing_found_hangs_on_a_graph():
     features, labels, _ = misled()
     found = train_twins(features, labels, Descent(steps=2), hidden=[3])
@@ -261,6 +268,8 @@ def test_what_does_not_fit_is_refused_in_one_line():
         train_twins(features, labels, descent, assignment=labels.bool())
     with pytest.raises(ValueError, match=r"flips must be bool of shape \(3, 1, 120\), got torch.int64"):
         train_twins(features, labels, descent, flips=torch.ones(3, 1, 120, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"features must be torch.float32 \(N, 16\) or"):
+        train_twins(features, labels, descent, validation=(features[:, 1:], labels))
     with pytest.raises(ValueError, match="features and validation labels must have shapes"):
         train_twins(features, labels, descent, validation=(features, labels[:, None, None]))
     with pytest.raises(ValueError, match="labels must be 120 int64 from 0, as many as there are features, got 119"):
