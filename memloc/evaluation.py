@@ -2,12 +2,13 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memloc import dropout
+from memloc import dropout, parallel
 from memloc.datasets import Data, Split
 from memloc.models import evaluation_mode
 
@@ -100,6 +101,14 @@ def predict(
     return torch.cat(logits)
 
 
+def _predict_together(model: nn.Module, images: Tensor, **how: Any) -> Tensor:
+    """Compute what :func:`predict` does for all training or test examples, each process for its share of them."""
+    if len(images) < parallel.size():  # a network may not take a share without an image
+        return predict(model, images, **how)
+    own = parallel.share(torch.arange(len(images), device=images.device))
+    return parallel.gathered(predict(model, parallel.share(images), indices=own, **how), len(images))
+
+
 def classes(logits: Tensor) -> Tensor:
     """Take the class with the largest logit; −1, which is never right, where a logit is NaN.
 
@@ -142,6 +151,7 @@ def evaluate(
     precision: str = "fp32",
     channels_last: bool = False,
     mode: str = "own",
+    together: bool = False,
 ) -> Evaluation:
     """Evaluate a network on the training set, against given and true labels, and on the test set.
 
@@ -153,13 +163,16 @@ def evaluate(
         channels_last: Whether to lay the images out as NHWC.
         mode: Which channels example-tied dropout leaves on, one of :data:`memloc.dropout.MODES`. Test examples have no
             channels of their own: in mode ``own`` they are evaluated in mode ``drop``.
+        together: Whether each process of a group (:mod:`memloc.parallel`) predicts for its share of the examples; all
+            of them must then call this with the same network and data, and all get the same result.
 
     Returns:
         Loss, accuracies and predictions.
     """
     modes = (mode, "drop" if mode == "own" else mode)
+    compute = _predict_together if together else predict
     logits, test_logits = (
-        predict(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last, mode=each)
+        compute(model, split.images, batch_size=batch_size, precision=precision, channels_last=channels_last, mode=each)
         for split, each in zip((data.train, data.test), modes, strict=True)
     )
     predictions = classes(logits)

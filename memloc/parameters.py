@@ -262,6 +262,7 @@ PARAMETERS: dict[str, Parameter] = {
         ),
         Parameter("seed", int, "the first random seed", minimum=0),
         Parameter("seeds", int, "how many seeds, from the first", minimum=1),
+        Parameter("processes", int, "processes that train one network together, under torchrun", minimum=1),
         Parameter("device", str, "where to compute; auto: cuda, else cpu", ("auto", "cpu", "cuda")),
     )
 }

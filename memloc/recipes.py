@@ -36,6 +36,9 @@ class Settings:
         channels_last: Whether to lay images and weights out as NHWC.
         compile: Whether to compile the network.
         seed: Seed of the order of the examples, the augmentation and the network's own dropout.
+        processes: How many train the network together (:mod:`memloc.parallel`), each on its share of every batch. The
+            step is that of one process, but for rounding, batch-norm, which takes the statistics of a share (and the
+            running ones of the first), and random numbers that the network draws itself, other ones in each process.
 
     Raises:
         ValueError: If a value is out of range; the message names it.
@@ -55,6 +58,7 @@ class Settings:
     channels_last: bool = False
     compile: bool = False
     seed: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         _check_at_least("epochs", self.epochs, 0)
@@ -62,6 +66,7 @@ class Settings:
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("precision", self.precision, PRECISIONS)
         _check_at_least("seed", self.seed, 0)
+        _check_at_least("processes", self.processes, 1)
         for name in ("augment", "channels_last", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -148,6 +153,8 @@ class Recipe(Settings):
         self._take_number("temperature", "a finite number above 0", sys.float_info.max)
         if self.temperature == 0:
             raise ValueError("temperature must be a finite number above 0, got 0.0")
+        if self.loss == "xrm" and self.processes > 1:
+            raise ValueError(f"processes must be 1 for loss 'xrm', which weighs whole batches, got {self.processes}")
         if self.label_smoothing and self.loss != "cross_entropy":
             got = f"{self.label_smoothing} with {self.loss!r}"
             raise ValueError(f"label_smoothing must be 0 for any loss but 'cross_entropy', got {got}")
@@ -167,11 +174,13 @@ class Recipe(Settings):
     def pair(self) -> "Recipe":
         """The recipe of the pair whose held-out predictions ``loss="mat"`` takes; all temperatures share it.
 
+        It is one for a single process, however many train the network itself: fit it before you start them.
+
         Example:
             >>> Recipe(loss="mat", seed=3, temperature=0.01).pair == Recipe(loss="xrm", seed=3)
             True
         """
-        return replace(self, loss="xrm", temperature=Recipe.temperature, label_smoothing=0.0)
+        return replace(self, loss="xrm", temperature=Recipe.temperature, label_smoothing=0.0, processes=1)
 
 
 def _check_at_least(name: str, value: object, least: int) -> None:

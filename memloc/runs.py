@@ -285,19 +285,25 @@ class Writer:
         Raises:
             OSError: If what is there is not what was written.
         """
+        for path in self._folder.glob(".*"):
+            path.unlink()  # what a process was writing when it was killed
+        state = self._read(tables, epochs)
+        if state is None:
+            _remove(self._folder)
+            _remove(self._old)
+            self._folder.mkdir(parents=True)
+            _write(self._folder / "recipe.json", _json(asdict(self._recipe)))
+        return state
+
+    def _read(self, tables: set[str], epochs: set[int]) -> dict[str, Tensor] | None:
+        """Read what an interrupted training left, if it serves."""
         if (self._folder / "progress.json").exists():
-            for path in self._folder.glob(".*"):
-                path.unlink()  # what a process was writing when it was killed
             progress = _read_json(self._folder / "progress.json", "files", "rows", "tables")
             reached = progress["rows"][-1]["epoch"]
             saved = set(_saved_epochs(progress["files"]))
             if tables <= set(progress["tables"]) and {e for e in epochs if e <= reached} <= saved:
                 self._files, self.rows = progress["files"], progress["rows"]
                 return _read_tensors(self._folder, f"resume_{reached:03d}.safetensors", self._files)
-        _remove(self._folder)
-        _remove(self._old)
-        self._folder.mkdir(parents=True)
-        _write(self._folder / "recipe.json", _json(asdict(self._recipe)))
         return None
 
     def keep(
@@ -358,6 +364,46 @@ class Writer:
         content = safetensors.torch.save(copies, {"order": json.dumps(list(copies))})
         _write(self._folder / name, content)
         self._files[name] = hashlib.sha256(content).hexdigest()
+
+
+class Follower(Writer):
+    """The same for a process that trains along with the one that writes: it reads, and leaves every file alone.
+
+    Each of its methods is to be called when that of the writer has returned.
+    """
+
+    def resume(self, tables: set[str], epochs: set[int]) -> dict[str, Tensor] | None:
+        """Take up the same.
+
+        Raises:
+            OSError: If the writer's files cannot be seen from here.
+        """
+        if not self._folder.is_dir():
+            raise self._unseen(self._folder)
+        return self._read(tables, epochs)
+
+    def keep(
+        self,
+        row: dict[str, Any],
+        resume: dict[str, Tensor],
+        tables: set[str],
+        checkpoint: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Leave it to the writer."""
+
+    def finish(self, tables: Mapping[str, dict[str, Tensor]], provenance: dict[str, Any]) -> Run:
+        """Find what the writer has finished.
+
+        Raises:
+            OSError: If the writer's files cannot be seen from here.
+        """
+        run = find(self._final.name, self._recipe)
+        if run is None:
+            raise self._unseen(self._final)
+        return run
+
+    def _unseen(self, folder: Path) -> OSError:
+        return OSError(f"{folder} is not there: let $MEMLOC_RUNS be one folder that all processes of a training share")
 
 
 def _checkpoint_name(epoch: int) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from memloc import datasets, dropout, fairdropout, labelnoise, models, runs, spurious_images
+from memloc import datasets, dropout, fairdropout, labelnoise, models, parallel, runs, spurious_images
 from memloc.datasets import Data
 from memloc.evaluation import autocast, evaluate
 from memloc.mat import MATLoss
@@ -71,6 +71,8 @@ class _Loop:
         self.forward = torch.compile(model) if settings.compile else model
         self.data, self.settings, self.loss, self.observers = data, settings, loss, observers
         self.examples = data.train.indices if examples is None else _chosen(examples, data.train.noise_mask)
+        _check_processes(self)
+        parallel.spread(model)  # a network of your own may have other initial weights in each process
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.still = _owners_of_frozen_buffers(model) if frozen_buffers else []
         self.optimizer = torch.optim.SGD(
@@ -82,15 +84,19 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
 
     def step(self, batch: Batch, rate: float) -> None:
-        """Take one step of gradient descent."""
+        """Take one step of gradient descent, for which each process computes the gradient of its share of the batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        with autocast(self.device, self.settings.precision), dropout.examples(self.model, batch.indices):
-            losses = self.loss(self.logits(batch), batch)
-        for observer in self.observers:
-            observer.before_backward(self.model, losses, batch)
-        self.scaler.scale(losses.mean()).backward()
+        whole = len(batch.indices)
+        batch = Batch(*(parallel.share(getattr(batch, field.name)) for field in fields(batch)))
+        if len(batch.indices):  # the last batch of an epoch may be too small for all processes
+            with autocast(self.device, self.settings.precision), dropout.examples(self.model, batch.indices):
+                losses = self.loss(self.logits(batch), batch)
+            for observer in self.observers:
+                observer.before_backward(self.model, losses, batch)
+            self.scaler.scale(losses.mean() * (len(batch.indices) / whole)).backward()
+        parallel.sum_gradients(self.parameters.values())
         if self.observers:
             self.scaler.unscale_(self.optimizer)
         for observer in self.observers:
@@ -105,7 +111,8 @@ class _Loop:
         except ValueError as error:
             if len(batch.images) > 1:
                 raise
-            got = f"{self.settings.batch_size} for {len(self.examples)} examples ({error})"
+            many = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
+            got = f"{self.settings.batch_size} for {len(self.examples)} examples{many} ({error})"
             raise ValueError(f"batch_size must not leave a batch of one, got {got}: choose another") from error
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -130,11 +137,13 @@ class _Loop:
             done = (epoch - 1 + (step + 0.5) / steps) / self.settings.epochs
             self.step(batch, learning_rate(self.settings, done))
         self.model.train()
+        parallel.spread(self.model)
 
     def evaluate(self, epoch: int) -> dict[str, Any]:
         """Evaluate the network after an epoch, tell the observers, and return what the history says of it."""
+        settings = self.settings
         evaluation = evaluate(
-            self.model, self.data, precision=self.settings.precision, channels_last=self.settings.channels_last
+            self.model, self.data, precision=settings.precision, channels_last=settings.channels_last, together=True
         )
         for observer in self.observers:
             observer.after_epoch(epoch, self.model, evaluation)
@@ -143,8 +152,9 @@ class _Loop:
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch (none if it is 0), evaluate, and return the history's row."""
-        start = time.perf_counter()
-        with seeded(self.settings.seed, "dropout", epoch):  # evaluation too: some networks never stop dropping
+        start, rank = time.perf_counter(), parallel.rank()
+        purpose = ("dropout", epoch, rank) if rank else ("dropout", epoch)
+        with seeded(self.settings.seed, *purpose):  # evaluation too: some networks never stop dropping
             if epoch > 0:
                 self.train_epoch(epoch)
             row = self.evaluate(epoch)
@@ -174,6 +184,29 @@ class _Loop:
             self.scaler.load_state_dict({key: value.item() for key, value in _under("scaler.", state).items()})
         for observer in self.observers:
             observer.restore(_under(f"observer.{observer.name}.", state))
+
+
+def _check_processes(loop: _Loop) -> None:
+    """Refuse a training by another number of processes than its settings say, or one that cannot be shared."""
+    count, wanted = parallel.size(), loop.settings.processes
+    if count > 1 and isinstance(loop.model, Pair):
+        raise ValueError(
+            f"a Pair weighs whole batches, and a process here sees 1/{count} of them: train it in one alone"
+        )
+    if wanted != count:
+        how = f"start them with `torchrun --nproc-per-node={wanted}`" if count == 1 else f"set processes={count}"
+        raise ValueError(f"processes must be the number of those that train, {count}, got {wanted}: {how}")
+    fewest = min(loop.settings.batch_size, len(loop.examples))
+    if fewest < count:
+        raise ValueError(
+            f"batch_size must give each of {count} processes an example, got {fewest}: choose a larger one"
+        )
+    steps = [getattr(Observer, name) for name in ("before_backward", "after_backward")]
+    watching = [o.name for o in loop.observers if [type(o).before_backward, type(o).after_backward] != steps]
+    if count > 1 and watching:
+        raise ValueError(
+            f"observers must leave batches alone that {count} processes share, got {watching}: use one process"
+        )
 
 
 def _chosen(examples: Tensor, mask: Tensor) -> Tensor:
@@ -216,11 +249,15 @@ def train(
 
     Neither observers nor evaluation change the result, and torch's global generators are as before afterwards.
 
+    Under torchrun all processes train the network together (:mod:`memloc.parallel`): let each call this with the same
+    arguments, and the data on its own device.
+
     Args:
         model: Any network that gives logits of shape ``(B, K)``. It is moved to the device of the data.
         data: Training and test examples.
         settings: How to train; a :class:`memloc.recipes.Recipe` will do.
-        loss: Gives the loss of each example, shape ``(B,)``, from logits and batch; the step follows their mean.
+        loss: Gives the loss of each example, shape ``(B,)``, from logits and batch; the step follows their mean. With
+            several processes it is given the share of one, so it must not look at the rest of the batch.
         frozen: Layer groups (:func:`memloc.models.layer_groups`) whose parameters stay as they are. Batch-norm
             statistics are buffers, not parameters, and move all the same, unless:
         frozen_buffers: Whether the buffers of frozen layer groups stay as well, because their modules are in evaluation
@@ -228,7 +265,7 @@ def train(
         examples: Which training examples to train on, all the others being evaluated only. Bool, shape ``(N,)``; None
             takes all.
         stop: Asked after each epoch, given the rows of the history so far, whether to end the training early.
-        observers: What watches the training.
+        observers: What watches the training. With several processes it can watch epochs, not batches.
         progress: Whether to show a bar with the time left; None shows it on a terminal only.
 
     Returns:
@@ -237,8 +274,8 @@ def train(
         evaluation mode; NaN where there are no such examples), ``seconds``.
 
     Raises:
-        ValueError: If the network cannot take the images or the last batch, a frozen layer group is unknown, or no
-            parameter or no example is left to train.
+        ValueError: If the network cannot take the images or the last batch, a frozen layer group is unknown, no
+            parameter or no example is left to train, or ``settings.processes`` is not how many processes there are.
         RuntimeError: If gradients are switched off where it is called.
 
     Source:
@@ -250,12 +287,13 @@ def train(
         >>> list(history.epoch)
         [0, 1, 2]
     """
+    parallel.join()
     with _freeze(model, frozen):
         loop = _Loop(model, data, settings, loss, observers, examples, frozen_buffers)
         rows: list[dict[str, Any]] = []
         for epoch in _counted(range(settings.epochs + 1), "training", progress):
             rows.append(loop.epoch(epoch))
-            if stop is not None and stop(rows):
+            if stop is not None and parallel.agreed(stop(rows)):
                 break
     return pd.DataFrame(rows)
 
@@ -282,7 +320,8 @@ def _freeze(model: nn.Module, frozen: Iterable[str]) -> Iterator[None]:
 
 def _counted(epochs: Iterable[int], label: str, progress: bool | None) -> Iterable[int]:
     """Show a bar, unless told not to; with None, tqdm shows it on a terminal only."""
-    return tqdm(epochs, desc=label, unit="epoch", disable=None if progress is None else not progress)
+    hidden = None if progress is None else not progress
+    return tqdm(epochs, desc=label, unit="epoch", disable=hidden if parallel.rank() == 0 else True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -395,9 +434,14 @@ def fit(
     observer is trained again with it, and keeps what it had. Where a recipe has the loss ``"mat"``, the run of its pair
     is given in the same way first (:attr:`memloc.recipes.Recipe.pair`).
 
+    A recipe with several ``processes`` is trained by a script under torchrun, each of whose processes calls this. The
+    first alone writes the run, and the others read it, so all must see one store. A run that is whole is loaded by any
+    number of processes, one without torchrun too.
+
     Args:
         recipe: What to train.
-        device: Where; ``"auto"`` takes a GPU where there is one. Not part of the run's address.
+        device: Where; ``"auto"`` takes a GPU where there is one, and under torchrun each process its own. Not part of
+            the run's address.
         checkpoints: Epochs whose weights are wanted (0 for the initial ones); None keeps all. The last is always kept.
         observers: What watches the training; their tables lie in the run. When the run is loaded they are as if
             they had watched it.
@@ -407,10 +451,12 @@ def fit(
         The run.
 
     Raises:
-        ValueError: If a wanted epoch is not in the training, two observers share a name, or a name is no word.
+        ValueError: If a wanted epoch is not in the training, two observers share a name, or a name is no word; or if
+            the run is to be trained and ``recipe.processes`` is not how many processes there are.
         FileNotFoundError: If the data are not on this machine.
         OSError: If what is on disk is not what was written; the message says what to do.
     """
+    parallel.join()
     device = pick_device(str(device))
     wanted = {recipe.epochs, *(range(recipe.epochs + 1) if checkpoints is None else checkpoints)}
     if not wanted <= set(range(recipe.epochs + 1)):
@@ -422,7 +468,7 @@ def fit(
         if not name.isidentifier() or name.startswith(("epoch_", "resume_")):  # names of a run's own files
             raise ValueError(f"observers must have a word for a name, not epoch_… or resume_…, got {name!r}")
 
-    with runs.locked(recipe.address):
+    with parallel.held_by_first(runs.locked(recipe.address)):
         old = runs.find(recipe.address, recipe)
         if old is not None and wanted <= set(old.epochs) and set(watching) <= set(old.tables):
             for name, observer in watching.items():
@@ -437,8 +483,9 @@ def fit(
         shape = {"in_channels": images.shape[1], "size": images.shape[2], "num_classes": data.num_classes}
         model = _build(recipe, shape, len(images), data.train.labels)
         loop = _Loop(model, data, recipe, _loss(recipe, model, data, progress), observers)
-        writer = runs.Writer(recipe.address, recipe)
-        state = writer.resume(set(watching), wanted)
+        writer = (runs.Follower if parallel.rank() else runs.Writer)(recipe.address, recipe)
+        with parallel.first_ahead():
+            state = writer.resume(set(watching), wanted)
         if state is not None:
             loop.load(state)
         for epoch in _counted(range(len(writer.rows), recipe.epochs + 1), recipe.address, progress):
@@ -452,7 +499,8 @@ def fit(
             "torch": torch.__version__,
             "device": str(images.device),
         }
-        return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
+        with parallel.first_ahead():
+            return writer.finish({name: observer.table() for name, observer in watching.items()} | kept, provenance)
 
 
 def first_epoch(history: pd.DataFrame, accuracy: str, level: float) -> int:

@@ -1,6 +1,8 @@
 import os
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from memloc import ensembles
 from memloc.baselines import METHODS, balanced_subset, compare
 from memloc.copies import Descent, balancing_weights, make_copies
 from memloc.ensembles import Grouped, train_copies
@@ -159,6 +162,13 @@ def test_the_table_says_how_every_checkpoint_was_chosen(found):
     assert not torch.equal(found.inferred, VALIDATION.groups.expand(2, -1)), "the test needs groups that differ"
     without = replace(found, inferred=None).table()
     assert set(without.selection) == {"true", "last"}
+
+
+def test_methods_of_two_trainings_take_the_time_of_both(monkeypatch):
+    clock = count()
+    monkeypatch.setattr(ensembles, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = compare(TRAIN, VALIDATION, TEST, Descent(steps=1), seeds=[0, 1], methods=["erm", "jtt", "dfr"]).table()
+    assert found.groupby("method").seconds.unique().map(list).to_dict() == {"erm": [0.5], "jtt": [1.0], "dfr": [1.0]}
 
 
 def test_all_of_it_runs_where_the_examples_are(device):

@@ -74,7 +74,7 @@ def test_what_decides_a_training_decides_its_address():
     network = {"model": "mlp", "width": 3}
     optimizer = {"learning_rate": 0.5, "schedule": "triangle", "momentum": 0.5, "weight_decay": 0.0}
     loop = {"epochs": 1, "batch_size": 1, "augment": True, "seed": 7}
-    numerics = {"precision": "bf16", "channels_last": True, "compile": True}
+    numerics = {"precision": "bf16", "channels_last": True, "compile": True, "processes": 2}
     dropout = {"dropout": "tied", "dropout_places": "after0", "p_gen": 0.5, "p_mem": 0.5, "dropout_rate": 0.1}
     spurious = {"attribute": "samples", "correlation": 0.8, "opacity": 0.5}
     loss = {"loss": "mat", "temperature": 0.01, "label_smoothing": 0.1}
@@ -97,7 +97,7 @@ def test_the_defaults_are_part_of_what_every_address_means():
         "weight_decay": 5e-4, "augment": False, "precision": "fp32", "channels_last": False, "compile": False,
         "seed": 0, "dropout": "none", "dropout_places": "all", "p_gen": 0.2, "p_mem": 0.1, "dropout_rate": 0.5,
         "attribute": "none", "correlation": 0.95, "opacity": 1.0,
-        "loss": "cross_entropy", "temperature": 0.1, "label_smoothing": 0.0,
+        "loss": "cross_entropy", "temperature": 0.1, "label_smoothing": 0.0, "processes": 1,
     }  # fmt: skip
 
 
