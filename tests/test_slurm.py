@@ -21,7 +21,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'memloc[swe
 SCRIPT = Path(__file__).parents[1] / "book" / "recipes" / "slurm.sbatch"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 MISSING = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path="/usr/sbin:" + os.environ["PATH"]) is None]
-TRAINING = {"model": "mlp", "width": 32, "epochs": 150, "batch_size": 32, "noise_rate": 0.1}
+TRAINING = {"model": "mlp", "width": 32, "epochs": 100, "batch_size": 32, "noise_rate": 0.1}
 
 pytestmark = [
     pytest.mark.slow,
@@ -161,12 +161,12 @@ def test_the_batch_script_runs_a_sweep_on_all_nodes_of_its_job(slurm, small_book
     assert not list(runs.root().glob(".ray-token*")), "the token is gone with the job"
 
 
-def test_a_job_that_is_queued_again_goes_on_where_it_was(slurm, small_book):
+def test_a_job_that_comes_to_its_time_limit_queues_itself_again_and_goes_on_where_it_was(slurm, small_book):
     job = Job(slurm, small_book.root, "--nodes=1")
     first, second = job.addresses
     wait_until(lambda: len(history(first)) > 20, 200, job.log)
     before = history(first)[:15]
-    run("scontrol", "requeue", job.number, env=job.environment)
+    run("scancel", "--batch", "--signal=USR1", job.number, env=job.environment)  # as two minutes before its time limit
     wait_until(lambda: job.state() == "PENDING", 60, job.log)
     run("scontrol", "update", f"JobId={job.number}", "StartTime=now", env=job.environment)
     job.wait()
