@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def test_a_grid_covers_the_seeds_of_a_preset_one_by_one(path: Path) -> None:
             seeds = seeds[:1]
         for seed in seeds:
             assert (chapter, tuple(sorted((wanted | {"seed": seed}).items()))) in have
+
+
+def test_the_batch_script_is_bash_and_asks_for_a_token_before_ray_starts() -> None:
+    script = ROOT / "book" / "recipes" / "slurm.sbatch"
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = script.read_text()
+    assert 0 < text.index("export RAY_AUTH_MODE=token") < text.index("umask 077") < text.index("ray start --head")
 
 
 # What the reference of KubeRay's API and the types that it is made from document, as far as the recipe uses it: the
