@@ -53,7 +53,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make an environment: install its package python3-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[book,test,bench]' -c constraints.txt
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[book,test,bench,sweep]' -c constraints.txt
 	@touch $@
 
 clean:

@@ -134,6 +134,7 @@ def _key(chapter: Chapter, values: Mapping[str, Value], root: Path) -> str:
         (code, sorted(code.rglob("*.py"))),
         (root, sorted((root / "book" / "results" / chapter.name).glob("*.json"))),
         (root, sorted((root / "book" / "published").glob(f"{chapter.name}.json"))),
+        *((root, sorted(root.glob(pattern))) for pattern in chapter.reads),
     ):
         for file in files:
             digest.update(b"\0" + file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())

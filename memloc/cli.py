@@ -15,10 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from memloc import chapters, records
 from memloc.parameters import did_you_mean
+
+if TYPE_CHECKING:
+    from memloc.grids import Cell
+    from memloc.sweeps import Estimate, Outcome, Status
 
 
 class UsageError(ValueError):
@@ -81,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--record", action="store_true", help="keep the numbers in book/results/CHAPTER/PRESET.json")
     one.add_argument("--threads", type=_threads, default=1, metavar="N", help="threads of the kernel (1)")
     one.set_defaults(command=_run)
+
+    one = commands.add_parser("sweep", help="run a grid of chapters and trainings, on this machine or a Ray cluster")
+    one.add_argument("grid", metavar="SPEC.yaml|CHAPTER", help="a file of grids, or a chapter with -p")
+    one.add_argument(
+        "-p", action="append", default=[], metavar="NAME=VALUE,…", help="values of a parameter (repeatable)"
+    )
+    one.add_argument("-o", type=Path, metavar="OUT.csv", help="the table of results (in the store of the trainings)")
+    one.add_argument("--dry-run", action="store_true", help="show what would run, and how long it may take")
+    one.add_argument("--workers", type=_threads, metavar="N", help="CPUs of this machine to use (all)")
+    one.add_argument("--address", metavar="HOST:PORT", help="join a Ray cluster instead of starting Ray here")
+    one.add_argument("--cpus", type=_threads, default=1, metavar="N", help="threads of each cell (1)")
+    one.add_argument("--gpus", type=float, metavar="X", help="GPUs of each cell, such as 0.25")
+    one.add_argument("--memory-gb", type=float, default=4.0, metavar="X", help="memory of each cell (4)")
+    one.add_argument("--cell", metavar="ADDRESS", help="run one cell of the sweep alone, without Ray")
+    one.set_defaults(command=_sweep)
 
     one = commands.add_parser("build", help="execute what has changed and build the book")
     one.set_defaults(command=_build)
@@ -172,6 +191,106 @@ def _run(options: argparse.Namespace) -> int:
         shutil.copyfile(executed, options.o)
     print(options.o or executed)
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from memloc import cells as cells_
+    from memloc import grids, sweeps
+
+    root, spec = chapters.project_root(), None
+    if options.grid.endswith((".yaml", ".yml")):
+        if options.p:
+            raise UsageError("-p belongs to a chapter: write the values into the file")
+        spec = options.grid
+        cells = grids.read_spec(Path(spec), root)
+    else:
+        resources = grids.Resources(options.cpus, options.gpus, options.memory_gb)
+        cells = grids.from_words(options.grid, options.p, root, resources)
+    if options.address and options.workers:
+        raise UsageError("--workers is for this machine: leave it out with --address")
+    table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"
+    if options.o and (options.o.suffix != ".csv" or not options.o.absolute().parent.is_dir()):
+        raise UsageError(f"-o takes the path of a .csv file in a folder that is there, got {str(options.o)!r}")
+    if options.cell:
+        chosen = [cell for cell in cells if cell.address.startswith(options.cell)]
+        if len(chosen) != 1:
+            raise UsageError(f"{len(chosen)} cells begin with {options.cell!r}: expected one (--dry-run lists them)")
+        cells = chosen
+    _print_plan(cells, sweeps.estimate(cells))
+    if options.dry_run:
+        return 0
+    outcome, screen = sweeps.Outcome(), _Screen()
+    try:
+        if options.cell:
+            outcome = _run_cell(cells[0], root)
+        else:
+            outcome = sweeps.sweep(cells, root=root, address=options.address, workers=options.workers, show=screen.show)
+    except sweeps.SweepError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        screen.end()
+    sweeps.write_table(table, cells, outcome)
+    for cell in cells:
+        if cell.address in outcome.failures:
+            failed = outcome.failures[cell.address]
+            print(f"{failed['details'].rstrip()}\n{cell.name}: {failed['error']}\n  alone: {cell.command(spec)}")
+    print(f"{len(outcome.results)} done, {len(outcome.failures)} failed: {table}")
+    return 1 if outcome.failures else 0
+
+
+def _run_cell(cell: "Cell", root: Path) -> "Outcome":
+    """Run one cell in this process."""
+    from memloc import cells, sweeps
+
+    try:
+        return sweeps.Outcome({cell.address: cells.run(cell, root)})
+    except cells.CellError as error:
+        return sweeps.Outcome(failures={cell.address: cells.failure(error)})
+
+
+def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:
+    """Show what will run: all parameters that differ, up to twenty cells."""
+    rows = [(cell.address, cell.name, _given(cell)) for cell in cells]
+    _print_table(rows[:20])
+    if len(rows) > 20:
+        print(f"… and {len(rows) - 20} more")
+    seconds = "time unknown" if estimate.seconds is None else f"about {_duration(estimate.seconds)} one after the other"
+    unknown = f", {estimate.unknown} of unknown length" if estimate.seconds is not None and estimate.unknown else ""
+    print(f"{len(cells)} cells: {estimate.done} done already, {estimate.todo} to do ({seconds}{unknown})", flush=True)
+
+
+def _given(cell: "Cell") -> str:
+    return " ".join(f"{name}={_word(value)}" for name, value in cell.values.items())
+
+
+def _duration(seconds: float) -> str:
+    """Write a time as a person would say it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class _Screen:
+    """A few lines on stderr that are written anew; where stderr is no terminal, at most one line in ten seconds."""
+
+    def __init__(self) -> None:
+        self._line, self._lines, self._is_terminal = _Line(), 0, sys.stderr.isatty()
+
+    def show(self, status: "Status") -> None:
+        left = "" if status.left_s is None else f", about {_duration(status.left_s)} left"
+        counts = f"{status.done} done, {len(status.running)} running, {status.failed} failed, {status.waiting} waiting"
+        if not self._is_terminal:
+            self._line.show(counts + left)
+            return
+        lines = [counts + left]
+        lines += [f"  {name} on {node}, {_duration(seconds)}" for name, node, seconds in status.running[:10]]
+        up = f"\033[{self._lines}A" if self._lines else ""
+        print(up + "".join(f"\r{line}\033[K\n" for line in lines) + "\033[J", end="", file=sys.stderr, flush=True)
+        self._lines = len(lines)
+
+    def end(self) -> None:
+        self._line.end()
 
 
 def _check_recordable(options: argparse.Namespace, root: Path) -> None:

@@ -29,12 +29,15 @@ class Chapter:
         path: Its MyST source.
         title: Its first heading.
         parameters: Name and default of each parameter, in the order of its parameters cell.
+        reads: Patterns of files that it reads besides its own results, such as ``book/results/*/*.json``: the list
+            ``reads`` under ``memloc`` in its header.
     """
 
     name: str
     path: Path
     title: str
     parameters: Mapping[str, Value]
+    reads: tuple[str, ...] = ()
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -104,13 +107,15 @@ def find(root: Path) -> dict[str, Chapter]:
         if not path.is_file():
             raise ProjectError(f"{page}.md is in _toc.yml but not in {root}")
         text = path.read_text()
-        if "kernelspec" in _header(text, path.name):
+        header = _header(text, path.name)
+        if "kernelspec" in header:
             title = re.search(r"^# +(.+?)\s*$", _CODE_CELL.sub("", text), re.MULTILINE)
             cells = [code for tags, code in _code_cells(text, path.name) if "parameters" in tags]
             if len(cells) > 1:
                 raise ProjectError(f"{page}.md has {len(cells)} cells tagged parameters, expected one")
             known = parameters.defaults(cells[0], path.stem) if cells else {}
-            found[path.stem] = Chapter(path.stem, path, title[1] if title else path.stem, known)
+            reads = tuple((header.get("memloc") or {}).get("reads", ()))
+            found[path.stem] = Chapter(path.stem, path, title[1] if title else path.stem, known, reads)
     return found
 
 

@@ -260,6 +260,8 @@ PARAMETERS: dict[str, Parameter] = {
             minimum=1,
             optional=True,
         ),
+        Parameter("gpu_counts", str, "numbers of GPUs to estimate for, commas between them", minimum=1, each=int),
+        Parameter("gpu_speedup", float, "CPU cores that one GPU is taken to replace", minimum=1),
         Parameter("seed", int, "the first random seed", minimum=0),
         Parameter("seeds", int, "how many seeds, from the first", minimum=1),
         Parameter("processes", int, "processes that train one network together, under torchrun", minimum=1),

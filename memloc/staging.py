@@ -59,7 +59,8 @@ def stage(root: Path, executed: Mapping[str, Path]) -> dict[str, bytes]:
                 text = text.replace(f"<!-- {marker} -->", table(root, executed))
         suffix = ".ipynb" if source in notebook_of else ".md"
         files[page + suffix] = links.sub(r"](\1.ipynb", text).encode()
-    for path in [root / "book" / "references.bib", *(root / "book" / "_static").rglob("*")]:
+    beside = [path for name in ("_static", "recipes") for path in (root / "book" / name).rglob("*")]
+    for path in [root / "book" / "references.bib", *beside]:
         if path.is_file():
             files[path.relative_to(root).as_posix()] = path.read_bytes()
     return files

@@ -172,6 +172,19 @@ def test_a_change_of_anything_it_depends_on_is_another_execution(small_book, mon
     assert run(small_book, "training") != before
 
 
+def test_a_change_of_a_file_that_the_header_names_is_another_execution(small_book, monkeypatch):
+    page = small_book.chapter("training")
+    page.write_text(page.read_text().replace("---\n\n", "memloc:\n  reads: [benchmarks/*.json]\n---\n\n", 1))
+    monkeypatch.setattr(chapters, "_run", lambda chapter, whole, about, root: whole.write_text("{}"))
+    before = run(small_book, "training")
+    timing = small_book.root / "benchmarks" / "sweeps.json"
+    timing.parent.mkdir()
+    timing.with_name("notes.txt").write_text("")
+    assert run(small_book, "training") == before
+    timing.write_text("1")
+    assert run(small_book, "training") != before
+
+
 def test_executions_that_nobody_asked_for_in_a_week_are_deleted(small_book, monkeypatch):
     monkeypatch.setattr(chapters, "_run", lambda chapter, whole, about, root: whole.write_text("{}"))
     small_book.chapter("training")

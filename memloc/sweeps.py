@@ -1,0 +1,353 @@
+"""Run the cells of a grid on one machine or on a Ray cluster, so that faults cost as little as possible.
+
+Ray only decides what runs where. What is done lies in the store of the trainings: a cell with a result is never run
+again, and one that was cut off goes on from its last checkpoint, whatever became of the process that started it.
+"""
+
+import csv
+import json
+import os
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import memloc
+from memloc import cells as cells_
+from memloc.grids import Cell
+from memloc.progress import store
+
+__all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "sweep", "write_table"]
+
+RAY_SETTINGS: Mapping[str, str] = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+}
+"""What Ray reads from the environment when it is imported and when it starts. Without the first its processes listen on
+every interface, whatever address a node has; its own niceness of 15 starves cells beside any other work."""
+
+_RETRIES = 3  # of a cell whose worker or node was lost
+_PROBE_S = 120  # until a node has to have said what it sees
+_SHARE_OF_GPU = 0.25
+_LOST = ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "ObjectLostError", "OwnerDiedError")
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot start or go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a sweep is.
+
+    Attributes:
+        done: Cells with a result.
+        running: Those at work: the cell's name, its node, and since when in seconds.
+        failed: Cells that failed.
+        waiting: The others.
+        left_s: Seconds left, guessed from cells of this kind; None where none is done yet.
+    """
+
+    done: int
+    running: list[tuple[str, str, float]]
+    failed: int
+    waiting: int
+    left_s: float | None
+
+
+@dataclass
+class Outcome:
+    """What became of every cell.
+
+    Attributes:
+        results: By address, what :func:`memloc.cells.run` gave.
+        failures: By address, ``error`` (one line) and ``details`` (the traceback).
+    """
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What there is to do.
+
+    Attributes:
+        done: Cells that have a result.
+        todo: Cells that have none.
+        seconds: Of all cells to do one after the other, as far as cells like them have been run; None if none has.
+        unknown: Cells to do of which no like has been run.
+    """
+
+    done: int
+    todo: int
+    seconds: float | None
+    unknown: int
+
+
+def estimate(cells: Sequence[Cell]) -> Estimate:
+    """Say how much of a sweep is done and how long the rest takes.
+
+    A cell is like another if it differs in the seed alone; where there is none, in anything but the chapter.
+
+    Args:
+        cells: The sweep.
+
+    Returns:
+        The estimate.
+    """
+    alike, same_chapter = _durations()
+    todo = [cell for cell in cells if cells_.find(cell) is None]
+    known = [alike.get(_likeness(cell.chapter, cell.full)) or same_chapter.get(cell.chapter) for cell in todo]
+    found = [statistics.median(seconds) for seconds in known if seconds]
+    return Estimate(len(cells) - len(todo), len(todo), sum(found) if found else None, len(todo) - len(found))
+
+
+def _likeness(chapter: str | None, parameters: Mapping[str, Any]) -> str:
+    return json.dumps([chapter, {name: value for name, value in parameters.items() if name != "seed"}], sort_keys=True)
+
+
+def _durations() -> tuple[dict[str, list[float]], dict[str | None, list[float]]]:
+    """Read how long earlier cells took, by what makes them alike and by chapter."""
+    alike: dict[str, list[float]] = {}
+    same_chapter: dict[str | None, list[float]] = {}
+    for path in cells_.folder().glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(path.read_bytes())
+            alike.setdefault(_likeness(content["chapter"], content["parameters"]), []).append(content["seconds"])
+            same_chapter.setdefault(content["chapter"], []).append(content["seconds"])
+    return alike, same_chapter
+
+
+def sweep(
+    cells: Sequence[Cell],
+    *,
+    root: Path,
+    address: str | None = None,
+    workers: int | None = None,
+    show: Callable[[Status], None] = lambda status: None,
+) -> Outcome:
+    """Run every cell that has no result yet.
+
+    Args:
+        cells: From :func:`memloc.grids.read_spec` or :func:`memloc.grids.from_words`.
+        root: The folder with ``_toc.yml``, at the same path on all nodes.
+        address: Of a Ray cluster; None starts Ray on this machine alone, listening on the loopback interface.
+        workers: CPUs to use of this machine; None takes all. Not with ``address``.
+        show: Called about every second.
+
+    Returns:
+        Results and failures; a failing cell does not stop the others.
+
+    Raises:
+        SweepError: If Ray is not there, a node does not see the same store or package, a cell needs more than any node
+            has, or the store is lost.
+    """
+    outcome = Outcome()
+    for cell in cells:
+        found = cells_.find(cell)
+        if found is not None:
+            outcome.results[cell.address] = found
+    todo = [cell for cell in cells if cell.address not in outcome.results]
+    if not todo:
+        return outcome
+    with _same_store() as token, _cluster(address, workers) as ray:
+        _check_nodes(ray, token)
+        needs = [_needs(ray, cell) for cell in todo]
+        _check_room(ray, todo, needs)
+        task = ray.remote(_work)
+        where = {name: os.environ[name] for name in ("MEMLOC_DATA",) if name in os.environ} | {
+            "MEMLOC_RUNS": str(store())
+        }
+        pending = {
+            task.options(**need, max_retries=_RETRIES).remote(cell.to_json(), str(root), where): cell
+            for cell, need in zip(todo, needs, strict=True)
+        }
+        while pending:
+            ready, _ = ray.wait(list(pending), timeout=1.0)
+            if not token.is_file():
+                raise SweepError(f"the store {store()} is gone: bring it back and start the sweep again")
+            for reference in ready:
+                _take(ray, reference, pending.pop(reference), outcome)
+            show(_status(cells, outcome, len(pending), ray))
+    return outcome
+
+
+def _work(content: Mapping[str, Any], root: str, where: Mapping[str, str]) -> dict[str, Any]:
+    """Run one cell in a worker of Ray; a failure is an answer, so that Ray repeats lost workers alone."""
+    os.environ |= where
+    if not Path(where["MEMLOC_RUNS"]).is_dir():
+        return {"error": f"the store {where['MEMLOC_RUNS']} is not there", "details": ""}
+    try:
+        return {"result": cells_.run(Cell.from_json(content), Path(root))}
+    except Exception as error:
+        return cells_.failure(error)
+
+
+def _take(ray: Any, reference: Any, cell: Cell, outcome: Outcome) -> None:
+    """Take what a task says."""
+    try:
+        answer = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        lost = type(error).__name__ in _LOST
+        why = f"its worker was lost {_RETRIES + 1} times" if lost else " ".join(str(error).split())
+        answer = {"error": why, "details": str(error)}
+    if "result" in answer:
+        outcome.results[cell.address] = answer["result"]
+    else:
+        outcome.failures[cell.address] = answer
+
+
+@contextmanager
+def _same_store() -> Iterator[Path]:
+    """Put a file into the store that every node has to see."""
+    cells_.folder().mkdir(parents=True, exist_ok=True)
+    token = cells_.folder() / f".sweep-{uuid.uuid4().hex}"
+    token.write_text(memloc.__version__)
+    try:
+        yield token
+    finally:
+        with suppress(OSError):
+            token.unlink(missing_ok=True)
+
+
+@contextmanager
+def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
+    """Connect to a cluster, or start Ray on this machine; what was started is ended."""
+    os.environ |= RAY_SETTINGS
+    try:
+        import ray
+    except ImportError as error:
+        raise SweepError("sweeps need Ray, which is not installed: pip install 'memloc[sweep]'") from error
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if address is None:
+            here: dict[str, Any] = {
+                "_node_ip_address": "127.0.0.1",
+                "include_dashboard": False,
+                "object_store_memory": 100_000_000,
+            }
+            ray.init("local", num_cpus=workers, **here, **quiet)
+        else:
+            ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise SweepError(f"Ray could not be started or reached: {' '.join(str(error).split())}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _probe(token: str, version: str) -> str | None:
+    """Say what is wrong with this node, if anything."""
+    if not Path(token).is_file():
+        return f"does not see the store {Path(token).parents[1]}: put it on a file system that all nodes share"
+    if memloc.__version__ != version:
+        return f"has memloc {memloc.__version__}, not {version}: install the same on all nodes"
+    return None
+
+
+def _check_nodes(ray: Any, token: Path) -> None:
+    """Ask every node whether it sees the store and has the same package."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task, asked = ray.remote(_probe), {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            options = {"scheduling_strategy": there, "num_cpus": 0, "max_retries": 0}
+            asked[task.options(**options).remote(str(token), memloc.__version__)] = node
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
+    problems = [(asked[reference], "does not answer: look at its log") for reference in late]
+    for reference in ready:
+        try:
+            problem = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            problem = f"cannot run memloc ({str(error).strip().splitlines()[-1]}): install it there"
+        if problem:
+            problems.append((asked[reference], problem))
+    if problems:
+        node, problem = problems[0]
+        raise SweepError(f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) {problem}")
+
+
+def _needs(ray: Any, cell: Cell) -> dict[str, float]:
+    """Say what a cell needs, in Ray's words."""
+    gpus = cell.resources.gpus
+    if gpus is None:
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        gpus = _SHARE_OF_GPU if has_gpu and cell.device in ("auto", "cuda") else 0
+    return {"num_cpus": cell.resources.cpus, "num_gpus": gpus, "memory": int(1e9 * cell.resources.memory_gb)}
+
+
+def _check_room(ray: Any, cells: Sequence[Cell], needs: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a cell that would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    units = {"num_cpus": ("CPU", "cpus", 1.0), "num_gpus": ("GPU", "gpus", 1.0), "memory": ("memory", "memory_gb", 1e9)}
+    for cell, need in zip(cells, needs, strict=True):
+        if any(all(need[key] <= node.get(name, 0) for key, (name, _, _) in units.items()) for node in nodes):
+            continue
+        wanted = ", ".join(f"{label} {need[key] / unit:g}" for key, (_, label, unit) in units.items())
+        most = "; ".join(
+            ", ".join(f"{label} {node.get(name, 0) / unit:.3g}" for name, label, unit in units.values())
+            for node in nodes
+        )
+        raise SweepError(f"no node has room for a cell of {cell.name} with {wanted}: the nodes have {most}")
+
+
+def _status(cells: Sequence[Cell], outcome: Outcome, pending: int, ray: Any) -> Status:
+    """Count; what runs is read from the marks that cells leave in the store."""
+    names, running = {cell.address: cell.name for cell in cells}, []
+    for path in cells_.folder().glob("*.running"):
+        with suppress(OSError, ValueError, KeyError):
+            mark = json.loads(path.read_text())
+            if path.stem in names and path.stem not in outcome.results:
+                running.append((names[path.stem], mark["node"], max(0.0, time.time() - mark["since"])))
+    running = running[:pending]
+    seconds = [result["seconds"] for result in outcome.results.values()]
+    at_once = max(1, len(running))
+    left = pending * statistics.median(seconds) / at_once if seconds else None
+    return Status(len(outcome.results), running, len(outcome.failures), pending - len(running), left)
+
+
+def write_table(path: Path, cells: Sequence[Cell], outcome: Outcome) -> None:
+    """Write one tidy table of a sweep: a row for each cell and metric, and one for a cell without result.
+
+    Columns are ``address``, ``chapter`` (``training`` for a training), ``preset``, each parameter that is not the same
+    in all cells that have it, ``status`` (``done``, ``failed`` or ``waiting``), ``metric``, ``value``.
+
+    Args:
+        path: A CSV file; it is written under another name and renamed.
+        cells: The sweep.
+        outcome: What became of it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    seen: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, value in cell.full.items():
+            seen.setdefault(name, set()).add(json.dumps(value))
+    counts = Counter(name for cell in cells for name in cell.full)
+    varied = [name for name, values in seen.items() if len(values) > 1 or counts[name] < len(cells)]
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["address", "chapter", "preset", *varied, "status", "metric", "value"])
+            for cell in cells:
+                result = outcome.results.get(cell.address)
+                status = "done" if result else "failed" if cell.address in outcome.failures else "waiting"
+                start = [cell.address, cell.name, cell.preset, *(cell.full.get(name) for name in varied), status]
+                for metric, value in (result["metrics"] if result else {None: None}).items():
+                    writer.writerow([*start, metric, value])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
