@@ -238,7 +238,8 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise SweepError(f"Ray could not be started or reached: {' '.join(str(error).split())}") from error
+        hint = " (a cluster that asks for a token needs RAY_AUTH_MODE=token here)" if address else ""
+        raise SweepError(f"Ray could not be started or reached: {' '.join(str(error).split())}{hint}") from error
     try:
         yield ray
     finally:
