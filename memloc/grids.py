@@ -6,20 +6,27 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memloc import parameters
 from memloc.pages import Chapter, ProjectError, find, get, read_preset
 from memloc.parameters import PARAMETERS, ParameterError, Value, did_you_mean
 from memloc.records import module_sha256
 
+if TYPE_CHECKING:
+    import yaml
+
 __all__ = ["MOST_CELLS", "Cell", "Resources", "from_words", "read_spec"]
 
 MOST_CELLS = 100_000
 """A grid of more cells is refused: it is a slip of the pen."""
+
+_MOST_KEYS = 1000  # of a mapping in a file, with those that it merges
 
 _BLOCK = ("chapter", "training", "preset", "grid", "cpus", "gpus", "memory_gb")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -141,7 +148,7 @@ def read_spec(path: Path, root: Path) -> list[Cell]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise ProjectError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -154,6 +161,7 @@ def read_spec(path: Path, root: Path) -> list[Cell]:
             cells += _expand_block(block, known, root)
         except (ParameterError, ProjectError) as error:
             raise type(error)(f"block {number} of {path}: {error}") from error
+        _check_size(cells)
     return _each_once(cells)
 
 
@@ -184,10 +192,34 @@ def from_words(name: str, words: Sequence[str], root: Path, resources: Resources
     return _each_once(_expand_chapter(get(root, name), None, {}, grid, resources or Resources(), root))
 
 
+def _loader() -> type["yaml.SafeLoader"]:
+    """Make a reader of YAML that takes no key twice and merges no more than a person would write."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.flat: set[int] = set()  # where merged keys may come before a mapping's own
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for key, times in Counter(keys).items() if times > 1]
+            if twice and id(node) not in self.flat:
+                raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+            super().flatten_mapping(node)
+            self.flat.add(id(node))
+            if len(node.value) > _MOST_KEYS:
+                raise yaml.constructor.ConstructorError(None, None, "too many keys are merged", node.start_mark)
+
+    return Loader
+
+
 def _expand_block(block: object, known: Mapping[str, Chapter], root: Path) -> list[Cell]:
     """Expand one block of a file."""
     if not isinstance(block, dict) or ("chapter" in block) == ("training" in block):
         raise ProjectError("a block must be a mapping with either chapter or training")
+    for key in ("chapter", "preset", "cpus", "gpus", "memory_gb"):
+        _check_one_value(key, block.get(key))
     for key in block:
         if key not in _BLOCK:
             raise ProjectError(f"unknown key {key!r}{did_you_mean(str(key), _BLOCK)}")
@@ -211,7 +243,20 @@ def _named(values: object, what: str) -> dict[str, object]:
     """Check that something is a mapping of names."""
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ProjectError(f"{what} must be a mapping of names, got {type(values).__name__}")
+    for name, value in values.items():
+        for each in value if what == "grid" and isinstance(value, list) else [value]:
+            _check_one_value(name, each)
     return values
+
+
+def _check_one_value(name: str, value: object) -> None:
+    """Refuse what no parameter takes and no message could quote: with aliases, a short list can be endless."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ParameterError(f"{name!r} must be an integer of 64 bits, got one of {value.bit_length()}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ParameterError(f"{name!r} must be a text of Unicode, got {value!r}")
+    if value is not None and not isinstance(value, bool | int | float | str | date):
+        raise ParameterError(f"{name!r} must be one value, got a {type(value).__name__}")
 
 
 def _grid(values: object) -> dict[str, list[object]]:
@@ -219,7 +264,7 @@ def _grid(values: object) -> dict[str, list[object]]:
     lists = {name: each if isinstance(each, list) else [each] for name, each in _named(values, "grid").items()}
     for name, each in lists.items():
         if not each:
-            raise ProjectError(f"grid must have a value for {name}, got none")
+            raise ProjectError(f"grid must have a value for {name!r}, got none")
     return lists
 
 
@@ -270,10 +315,14 @@ def _expand_training(
     return cells
 
 
+def _check_size(cells: Sequence[Cell]) -> None:
+    """Refuse too many cells, after each block: aliases make many blocks of one."""
+    if len(cells) > MOST_CELLS:
+        raise ParameterError(f"a sweep must have at most {MOST_CELLS:,} cells, got at least {len(cells):,}")
+
+
 def _each_once(cells: Sequence[Cell]) -> list[Cell]:
     """Leave out cells that came before."""
-    if len(cells) > MOST_CELLS:
-        raise ParameterError(f"a sweep must have at most {MOST_CELLS:,} cells, got {len(cells):,}")
     if not cells:
         raise ProjectError("there is nothing to run: give at least one block with a chapter or a training")
     first: dict[str, Cell] = {}

@@ -144,7 +144,7 @@ def _yaml_mapping(text: str, source: str) -> dict[Any, Any]:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProjectError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ProjectError(f"{source} must hold 'name: value' lines, got {type(content).__name__}")

@@ -110,7 +110,7 @@ def test_a_thousand_cells_expand_without_torch(book):
         ({"cells": [{"chapter": "rewinding", "preset": "big"}]}, "no preset 'big'"),
         ({"cells": [{"chapter": "rewinding", "gird": {}}]}, "unknown key 'gird'; did you mean 'grid'"),
         ({"cells": [{"chapter": "rewinding", "grid": {"sede": [1]}}]}, "unknown parameter 'sede'"),
-        ({"cells": [{"chapter": "rewinding", "grid": {"seed": []}}]}, "grid must have a value for seed"),
+        ({"cells": [{"chapter": "rewinding", "grid": {"seed": []}}]}, "grid must have a value for 'seed'"),
         ({"cells": [{"chapter": "rewinding", "grid": {"seed": ["one"]}}]}, "seed must be an int, got 'one'"),
         ({"cells": [{"chapter": "rewinding", "grid": [1]}]}, "grid must be a mapping of names, got list"),
         ({"cells": [{"chapter": "rewinding", "cpus": 0}]}, "cpus must be an integer from 1"),
@@ -119,6 +119,18 @@ def test_a_thousand_cells_expand_without_torch(book):
         ({"cells": [{"training": {"epoch": 3}}]}, "unknown field 'epoch' of a training; did you mean 'epochs'"),
         ({"cells": [{"training": {"epochs": -3}}]}, "epochs must be an integer"),
         ({"cells": [{"training": {}, "preset": "small"}]}, "preset belongs to a chapter"),
+        ("cells: []\ncells: [{chapter: rewinding}]", "key 'cells' is given twice"),
+        ("cells: [{chapter: rewinding, grid: {seed: [0], seed: [1]}}]", "key 'seed' is given twice"),
+        ({"cells": [{"chapter": "rewinding", "grid": {"a\nb": []}}]}, r"grid must have a value for 'a\\nb'"),
+        (
+            {"cells": [{"chapter": "rewinding", "grid": {"noise_rate": [10**400]}}]},
+            "'noise_rate' must be an integer",
+        ),
+        ("cells: [{chapter: rewinding, cpus: 0x" + "f" * 9000 + "}]", "'cpus' must be an integer of 64 bits"),
+        ("cells: [{training: {epochs: 0x" + "f" * 9000 + "}}]", "'epochs' must be an integer of 64 bits"),
+        ({"cells": [{"training": {"epochs": [[1]]}}]}, "'epochs' must be one value, got a list"),
+        ({"cells": [{"chapter": "rewinding", "grid": {"seed": [[1]]}}]}, "'seed' must be one value, got a list"),
+        ('cells: [{training: {dropout_places: "\\ud800"}}]', "'dropout_places' must be a text of Unicode"),
         (
             {"cells": [{"chapter": "rewinding", "grid": {"seed": list(range(400)), "noise_rate": [0.1] * 300}}]},
             "a grid must have at most 100,000 cells, got 120,000",
@@ -129,6 +141,26 @@ def test_a_file_that_cannot_be_run_is_refused_in_one_line(book, content, message
     with pytest.raises((ProjectError, ParameterError), match=message) as refused:
         grids.read_spec(spec(book, content), book.root)
     assert "\n" not in str(refused.value)
+
+
+def test_aliases_and_merges_are_read_but_cannot_grow_without_end(book):
+    content = "cells: [&a {chapter: rewinding, cpus: 2}, {<<: *a, cpus: 3, grid: {seed: 1}}]"
+    assert [cell.resources.cpus for cell in grids.read_spec(spec(book, content), book.root)] == [2, 3]
+    bomb = "cells:\n- &a0 {chapter: rewinding}\n"
+    bomb += "".join(f"- &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+    with pytest.raises(ProjectError, match="too many keys are merged"):
+        grids.read_spec(spec(book, bomb), book.root)
+    laughs = "cells: [{chapter: rewinding, cpus: [&a0 [1]"
+    laughs += "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)) + "]}]"
+    with pytest.raises(ParameterError, match="'cpus' must be one value, got a list"):
+        grids.read_spec(spec(book, laughs), book.root)
+
+
+def test_too_many_blocks_are_refused_as_soon_as_they_are_too_many(book, monkeypatch):
+    monkeypatch.setattr(grids, "MOST_CELLS", 3)
+    content = "cells: [&a {chapter: rewinding, grid: {seed: [0, 1]}}, *a, {chapter: nothing}]"
+    with pytest.raises(ParameterError, match="a sweep must have at most 3 cells, got at least 4"):
+        grids.read_spec(spec(book, content), book.root)
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(book):
