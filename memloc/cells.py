@@ -62,7 +62,8 @@ def find(cell: Cell) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict) or content.get("address") != cell.address:
         return None
-    return content if {"metrics", "seconds", "parameters"} <= content.keys() else None
+    forms = {"metrics": dict, "parameters": dict, "seconds": int | float}
+    return content if all(isinstance(content.get(name), form) for name, form in forms.items()) else None
 
 
 def run(cell: Cell, root: Path) -> dict[str, Any]:

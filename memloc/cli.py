@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="show what would run, and how long it may take")
     one.add_argument("--workers", type=_threads, metavar="N", help="CPUs of this machine to use (all)")
     one.add_argument("--address", metavar="HOST:PORT", help="join a Ray cluster instead of starting Ray here")
-    one.add_argument("--cpus", type=_threads, default=1, metavar="N", help="threads of each cell (1)")
+    one.add_argument("--cpus", type=_threads, metavar="N", help="threads of each cell (1)")
     one.add_argument("--gpus", type=float, metavar="X", help="GPUs of each cell, such as 0.25")
-    one.add_argument("--memory-gb", type=float, default=4.0, metavar="X", help="memory of each cell (4)")
+    one.add_argument("--memory-gb", type=float, metavar="X", help="memory of each cell (4)")
     one.add_argument("--cell", metavar="ADDRESS", help="run one cell of the sweep alone, without Ray")
     one.set_defaults(command=_sweep)
 
@@ -198,20 +198,23 @@ def _sweep(options: argparse.Namespace) -> int:
     from memloc import grids, sweeps
 
     root, spec = chapters.project_root(), None
+    given = {name: value for name in ("cpus", "gpus", "memory_gb") if (value := getattr(options, name)) is not None}
     if options.grid.endswith((".yaml", ".yml")):
         if options.p:
             raise UsageError("-p belongs to a chapter: write the values into the file")
+        if given:
+            option = f"--{next(iter(given)).replace('_', '-')}"
+            raise UsageError(f"{option} belongs to a chapter: write it into the blocks of the file")
         spec = options.grid
         cells = grids.read_spec(Path(spec), root)
     else:
-        resources = grids.Resources(options.cpus, options.gpus, options.memory_gb)
-        cells = grids.from_words(options.grid, options.p, root, resources)
+        cells = grids.from_words(options.grid, options.p, root, grids.Resources(**given))
     if options.address and options.workers:
         raise UsageError("--workers is for this machine: leave it out with --address")
     table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"
-    if options.o and (options.o.suffix != ".csv" or not options.o.absolute().parent.is_dir()):
+    if options.o and (options.o.suffix != ".csv" or options.o.is_dir() or not options.o.absolute().parent.is_dir()):
         raise UsageError(f"-o takes the path of a .csv file in a folder that is there, got {str(options.o)!r}")
-    if options.cell:
+    if options.cell is not None:
         chosen = [cell for cell in cells if cell.address.startswith(options.cell)]
         if len(chosen) != 1:
             raise UsageError(f"{len(chosen)} cells begin with {options.cell!r}: expected one (--dry-run lists them)")
@@ -221,7 +224,7 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     outcome, screen = sweeps.Outcome(), _Screen()
     try:
-        if options.cell:
+        if options.cell is not None:
             outcome = _run_cell(cells[0], root)
         else:
             outcome = sweeps.sweep(cells, root=root, address=options.address, workers=options.workers, show=screen.show)
@@ -229,7 +232,10 @@ def _sweep(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     finally:
         screen.end()
-    sweeps.write_table(table, cells, outcome)
+    if options.cell is not None and not options.o:
+        table = cells_.folder()  # one cell alone leaves the table of the whole sweep as it is
+    else:
+        sweeps.write_table(table, cells, outcome)
     for cell in cells:
         if cell.address in outcome.failures:
             failed = outcome.failures[cell.address]

@@ -7,6 +7,7 @@ again, and one that was cut off goes on from its last checkpoint, whatever becam
 import csv
 import json
 import os
+import platform
 import statistics
 import time
 import uuid
@@ -121,8 +122,9 @@ def _durations() -> tuple[dict[str, list[float]], dict[str | None, list[float]]]
     for path in cells_.folder().glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             content = json.loads(path.read_bytes())
-            alike.setdefault(_likeness(content["chapter"], content["parameters"]), []).append(content["seconds"])
-            same_chapter.setdefault(content["chapter"], []).append(content["seconds"])
+            likeness, seconds = _likeness(content["chapter"], content["parameters"]), float(content["seconds"])
+            same_chapter.setdefault(content["chapter"], []).append(seconds)
+            alike.setdefault(likeness, []).append(seconds)
     return alike, same_chapter
 
 
@@ -164,7 +166,7 @@ def sweep(
         _check_room(ray, todo, needs)
         task = ray.remote(_work)
         where = {name: os.environ[name] for name in ("MEMLOC_DATA",) if name in os.environ} | {
-            "MEMLOC_RUNS": str(store())
+            "MEMLOC_RUNS": str(store().absolute())
         }
         pending = {
             task.options(**need, max_retries=_RETRIES).remote(cell.to_json(), str(root), where): cell
@@ -209,7 +211,7 @@ def _take(ray: Any, reference: Any, cell: Cell, outcome: Outcome) -> None:
 def _same_store() -> Iterator[Path]:
     """Put a file into the store that every node has to see."""
     cells_.folder().mkdir(parents=True, exist_ok=True)
-    token = cells_.folder() / f".sweep-{uuid.uuid4().hex}"
+    token = cells_.folder().absolute() / f".sweep-{uuid.uuid4().hex}"
     token.write_text(memloc.__version__)
     try:
         yield token
@@ -305,11 +307,14 @@ def _check_room(ray: Any, cells: Sequence[Cell], needs: Sequence[Mapping[str, fl
 
 def _status(cells: Sequence[Cell], outcome: Outcome, pending: int, ray: Any) -> Status:
     """Count; what runs is read from the marks that cells leave in the store."""
+    import psutil
+
     names, running = {cell.address: cell.name for cell in cells}, []
     for path in cells_.folder().glob("*.running"):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             mark = json.loads(path.read_text())
-            if path.stem in names and path.stem not in outcome.results:
+            is_left = mark["node"] == platform.node() and not psutil.pid_exists(mark["pid"])  # by one that was killed
+            if path.stem in names and path.stem not in outcome.results and not is_left:
                 running.append((names[path.stem], mark["node"], max(0.0, time.time() - mark["since"])))
     running = running[:pending]
     seconds = [result["seconds"] for result in outcome.results.values()]
@@ -319,7 +324,7 @@ def _status(cells: Sequence[Cell], outcome: Outcome, pending: int, ray: Any) -> 
 
 
 def write_table(path: Path, cells: Sequence[Cell], outcome: Outcome) -> None:
-    """Write one tidy table of a sweep: a row for each cell and metric, and one for a cell without result.
+    """Write one tidy table of a sweep: a row for each cell and metric, and one for a cell without result or metrics.
 
     Columns are ``address``, ``chapter`` (``training`` for a training), ``preset``, each parameter that is not the same
     in all cells that have it, ``status`` (``done``, ``failed`` or ``waiting``), ``metric``, ``value``.
@@ -347,7 +352,7 @@ def write_table(path: Path, cells: Sequence[Cell], outcome: Outcome) -> None:
                 result = outcome.results.get(cell.address)
                 status = "done" if result else "failed" if cell.address in outcome.failures else "waiting"
                 start = [cell.address, cell.name, cell.preset, *(cell.full.get(name) for name in varied), status]
-                for metric, value in (result["metrics"] if result else {None: None}).items():
+                for metric, value in ((result or {}).get("metrics") or {None: None}).items():
                     writer.writerow([*start, metric, value])
         partial.replace(path)
     finally:

@@ -52,11 +52,14 @@ def test_a_training_is_the_run_that_fit_gives():
     assert result["chapter"] is None
 
 
-@pytest.mark.parametrize("content", [b"", b'{"address": ', b"[]", b'{"address": "x"}', pickle.dumps({"a": 1})])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"address": ', b"[]", b'{"address": "x"}', b"DAMAGED", pickle.dumps({"a": 1})]
+)
 def test_what_is_no_result_is_not_read_and_is_replaced(small_book, content):
     cell = chapter_cell(small_book, RECORD)
     cells.folder().mkdir(parents=True)
-    cells.result_file(cell).write_bytes(content)
+    damaged = {"address": cell.address, "metrics": [], "parameters": {}, "seconds": None}
+    cells.result_file(cell).write_bytes(json.dumps(damaged).encode() if content == b"DAMAGED" else content)
     assert cells.find(cell) is None
     assert cells.run(cell, small_book.root)["metrics"]["twice"] == 0
     assert cells.find(cell) is not None

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -281,3 +282,64 @@ def test_an_estimate_takes_cells_that_differ_in_the_seed_or_in_anything_but_the_
     book.chapter("other", RECORD)
     unknown = sweeps.estimate(grids.from_words("other", [], book.root))
     assert (unknown.seconds, unknown.unknown) == (None, 1)
+
+
+def test_a_damaged_result_is_no_ground_for_an_estimate(book):
+    book.chapter("work", RECORD)
+    (cell,) = grids.from_words("work", [], book.root)
+    damaged = {"chapter": "work", "parameters": cell.full, "metrics": {}}
+    for number, seconds in enumerate((None, "long", [1])):
+        cells._write(cells.folder() / f"{number}.json", damaged | {"seconds": seconds})
+    found = sweeps.estimate([cell])
+    assert (found.todo, found.seconds, found.unknown) == (1, None, 1)
+
+
+def test_a_table_has_a_row_for_a_cell_that_recorded_nothing_and_quotes_what_needs_it(book):
+    book.chapter("work", RECORD)
+    todo = grids.from_words("work", ["seed=0,1"], book.root)
+    found = {todo[0].address: {"metrics": {}}, todo[1].address: {"metrics": {"a": 'x, "y"\nz', "b": None}}}
+    sweeps.write_table(book.root / "t.csv", todo, sweeps.Outcome(found))
+    with (book.root / "t.csv").open(newline="") as file:
+        rows = [(row["seed"], row["status"], row["metric"], row["value"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "done", "", ""), ("1", "done", "a", 'x, "y"\nz'), ("1", "done", "b", "")]
+
+
+def test_one_cell_alone_leaves_the_table_of_the_sweep(book, capsys):
+    book.chapter("work", RECORD)
+    cells.folder().mkdir(parents=True)
+    (cells.folder() / "work.csv").write_text("whole")
+    (cell,) = grids.from_words("work", ["seed=1"], book.root)
+    assert cli.main(["sweep", "work", "-p", "seed=0,1", "--cell", cell.address]) == 0
+    assert (cells.folder() / "work.csv").read_text() == "whole"
+    assert cli.main(["sweep", "work", "-p", "seed=0,1", "--cell", cell.address, "-o", "one.csv"]) == 0
+    assert len((book.root / "one.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["grid.yaml", "--cpus", "2"], "--cpus belongs to a chapter"),
+        (["grid.yaml", "--memory-gb", "2"], "--memory-gb belongs to a chapter"),
+        (["work", "-p", "seed=0,1", "--cell", ""], "2 cells begin with ''"),
+        (["work", "-o", "folder.csv"], "-o takes the path of a .csv file"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_at_the_end_is_refused_at_once(book, capsys, words, message):
+    book.chapter("work", RECORD)
+    training_spec(book)
+    (book.root / "folder.csv").mkdir()
+    assert cli.main(["sweep", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mark_that_is_damaged_or_left_by_a_killed_cell_is_not_shown_as_running(book):
+    book.chapter("work", RECORD)
+    todo = grids.from_words("work", ["seed=0,1,2"], book.root)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = {"node": platform.node(), "since": time.time()}
+    marks = [here | {"pid": os.getpid()}, here | {"pid": ended.pid}, here | {"pid": "x", "since": None}]
+    for cell, mark in zip(todo, marks, strict=True):
+        cells._write(cells.folder() / f"{cell.address}.running", mark)
+    status = sweeps._status(todo, sweeps.Outcome(), 3, ray)
+    assert (len(status.running), status.waiting) == (1, 2)
