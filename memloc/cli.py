@@ -209,6 +209,8 @@ def _sweep(options: argparse.Namespace) -> int:
         cells = grids.read_spec(Path(spec), root)
     else:
         cells = grids.from_words(options.grid, options.p, root, grids.Resources(**given))
+    if options.address == "local":
+        raise UsageError("--address is that of a cluster: leave it out to start Ray here")
     if options.address and options.workers:
         raise UsageError("--workers is for this machine: leave it out with --address")
     table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"

@@ -269,6 +269,12 @@ def test_without_ray_the_command_says_what_to_install(book, monkeypatch, capsys)
     assert cli.main(["sweep", "work", "--dry-run"]) == 0
 
 
+def test_this_machine_is_no_address(book, capsys):
+    book.chapter("work", RECORD)
+    assert cli.main(["sweep", "work", "--address", "local"]) == 2
+    assert "leave it out to start Ray here" in capsys.readouterr().err
+
+
 def test_an_estimate_takes_cells_that_differ_in_the_seed_or_in_anything_but_the_chapter(book):
     book.chapter("work", RECORD, parameters="seed: int = 0  # first\nepochs: int = 1  # passes")
     done = grids.from_words("work", ["seed=0,1"], book.root, Resources())
