@@ -202,18 +202,22 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class _Limit:
-    """The memory of all processes that this one has started."""
+    """The memory of all processes that this one starts from now on."""
 
     def __init__(self, memory_gb: float) -> None:
+        import psutil
+
         self.memory_gb, self.most_gb, self.is_exceeded = memory_gb, 0.0, False
         self.over = threading.Event()
+        self.process = psutil.Process()
+        self.others = set(self.process.children(recursive=True))  # none of the cell's
 
     def watch(self) -> None:
         """Look at it until told that it is over; end the processes if they take too much."""
         import psutil
 
         while not self.over.wait(_LOOK_S):
-            children = psutil.Process().children(recursive=True)
+            children = [child for child in self.process.children(recursive=True) if child not in self.others]
             used = 0
             for child in children:
                 with suppress(psutil.Error):

@@ -102,10 +102,13 @@ def test_a_cell_that_takes_more_than_its_memory_is_ended(small_book):
         "import time\nkept = bytearray(900_000_000)\ntime.sleep(60)",
         resources=Resources(memory_gb=0.6),
     )
-    start = time.monotonic()
+    start, other = time.monotonic(), subprocess.Popen(["sleep", "100"])
     with pytest.raises(cells.CellError, match=r"memory_gb must cover what the cell takes, \d\.\d GB .*got 0\.6"):
         cells.run(cell, small_book.root)
     assert time.monotonic() - start < 40
+    assert other.poll() is None, "what was there before is not the cell's"
+    other.kill()
+    other.wait()
 
 
 def test_of_two_that_ask_for_the_same_cell_one_runs_it(small_book):
