@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from memloc import chapters, records
-from memloc.parameters import did_you_mean
+from memloc.parameters import as_word, did_you_mean
 
 if TYPE_CHECKING:
     from memloc.grids import Cell
@@ -142,16 +142,11 @@ def _list(options: argparse.Namespace) -> int:
         for name, default in chapter.parameters.items():
             about = chapters.PARAMETERS[name]
             meaning = f"{about.meaning} ({', '.join(about.choices)})" if about.choices else about.meaning
-            rows.append((f"  {name}", about.type.__name__, _word(default), meaning))
+            rows.append((f"  {name}", about.type.__name__, as_word(default), meaning))
         _print_table(rows)
         presets = sorted(path.stem for path in (root / "book" / "presets" / chapter.name).glob("*.yaml"))
         print(f"  presets for -f: {', '.join(presets) or 'none'}\n")
     return 0
-
-
-def _word(value: object) -> str:
-    """Write a value as it can be given on the command line."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -195,20 +190,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from memloc import cells as cells_
-    from memloc import grids, sweeps
+    from memloc import sweeps
 
-    root, spec = chapters.project_root(), None
-    given = {name: value for name in ("cpus", "gpus", "memory_gb") if (value := getattr(options, name)) is not None}
-    if options.grid.endswith((".yaml", ".yml")):
-        if options.p:
-            raise UsageError("-p belongs to a chapter: write the values into the file")
-        if given:
-            option = f"--{next(iter(given)).replace('_', '-')}"
-            raise UsageError(f"{option} belongs to a chapter: write it into the blocks of the file")
-        spec = options.grid
-        cells = grids.read_spec(Path(spec), root)
-    else:
-        cells = grids.from_words(options.grid, options.p, root, grids.Resources(**given))
+    root = chapters.project_root()
+    spec = options.grid if options.grid.endswith((".yaml", ".yml")) else None
+    cells = _read_cells(options, spec, root)
     if options.address == "local":
         raise UsageError("--address is that of a cluster: leave it out to start Ray here")
     if options.address and options.workers:
@@ -216,11 +202,6 @@ def _sweep(options: argparse.Namespace) -> int:
     table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"
     if options.o and (options.o.suffix != ".csv" or options.o.is_dir() or not options.o.absolute().parent.is_dir()):
         raise UsageError(f"-o takes the path of a .csv file in a folder that is there, got {str(options.o)!r}")
-    if options.cell is not None:
-        chosen = [cell for cell in cells if cell.address.startswith(options.cell)]
-        if len(chosen) != 1:
-            raise UsageError(f"{len(chosen)} cells begin with {options.cell!r}: expected one (--dry-run lists them)")
-        cells = chosen
     _print_plan(cells, sweeps.estimate(cells))
     if options.dry_run:
         return 0
@@ -246,6 +227,28 @@ def _sweep(options: argparse.Namespace) -> int:
     return 1 if outcome.failures else 0
 
 
+def _read_cells(options: argparse.Namespace, spec: str | None, root: Path) -> "list[Cell]":
+    """Expand the file or the words, and take the one cell that is asked for, if one is."""
+    from memloc import grids
+
+    given = {name: value for name in ("cpus", "gpus", "memory_gb") if (value := getattr(options, name)) is not None}
+    if spec is None:
+        cells = grids.from_words(options.grid, options.p, root, grids.Resources(**given))
+    elif options.p:
+        raise UsageError("-p belongs to a chapter: write the values into the file")
+    elif given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise UsageError(f"{option} belongs to a chapter: write it into the blocks of the file")
+    else:
+        cells = grids.read_spec(Path(spec), root)
+    if options.cell is None:
+        return cells
+    chosen = [cell for cell in cells if cell.address.startswith(options.cell)]
+    if len(chosen) != 1:
+        raise UsageError(f"{len(chosen)} cells begin with {options.cell!r}: expected one (--dry-run lists them)")
+    return chosen
+
+
 def _run_cell(cell: "Cell", root: Path) -> "Outcome":
     """Run one cell in this process."""
     from memloc import cells, sweeps
@@ -268,7 +271,7 @@ def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:
 
 
 def _given(cell: "Cell") -> str:
-    return " ".join(f"{name}={_word(value)}" for name, value in cell.values.items())
+    return " ".join(f"{name}={as_word(value)}" for name, value in cell.values.items())
 
 
 def _duration(seconds: float) -> str:
@@ -400,7 +403,7 @@ def _runs_list(options: argparse.Namespace) -> int:
     for info in infos:
         age_h = (time.time() - info.modified) / 3600
         epochs = f"{info.epochs_done}/{info.epochs} epochs" + ("" if info.is_whole else ", unfinished")
-        about = " ".join(_word(info.recipe.get(key)) for key in ("dataset", "model", "seed"))
+        about = " ".join(as_word(info.recipe.get(key)) for key in ("dataset", "model", "seed"))
         print(f"{info.address}  {epochs}  {_size(info.size_bytes)}  {age_h:.1f} h ago  {about}")
     print(f"{len(infos)} runs, {_size(sum(info.size_bytes for info in infos))} in {runs.root()}")
     return 0
@@ -411,7 +414,7 @@ def _runs_show(options: argparse.Namespace) -> int:
 
     address = _find_run(options.address)
     recipe = next(info.recipe for info in runs.listing() if info.address == address)
-    _print_table([(name, _word(value)) for name, value in recipe.items()])
+    _print_table([(name, as_word(value)) for name, value in recipe.items()])
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from memloc import parameters
 from memloc.pages import Chapter, ProjectError, find, get, read_preset
-from memloc.parameters import PARAMETERS, ParameterError, Value, did_you_mean
+from memloc.parameters import PARAMETERS, ParameterError, Value, as_word, did_you_mean
 from memloc.records import module_sha256
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Cell:
         if self.chapter is not None:
             words = ["memloc", "run", self.chapter]
             for name, value in self.values.items():
-                words += ["-p", f"{name}={_word(value)}"]
+                words += ["-p", f"{name}={as_word(value)}"]
             return shlex.join(words)
         return shlex.join(["memloc", "sweep", spec or "SPEC.yaml", "--cell", self.address])
 
@@ -329,8 +329,3 @@ def _each_once(cells: Sequence[Cell]) -> list[Cell]:
     for cell in cells:
         first.setdefault(cell.address, cell)
     return list(first.values())
-
-
-def _word(value: Value) -> str:
-    """Write a value as the command line takes it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -270,6 +270,19 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
+def as_word(value: object) -> str:
+    """Write a value as it can be given on the command line.
+
+    Args:
+        value: Of a parameter.
+
+    Example:
+        >>> as_word(None), as_word(True), as_word(0.1)
+        ('none', 'true', '0.1')
+    """
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def did_you_mean(word: str, words: Iterable[str], before: str = "; ") -> str:
     """Suggest the word that was probably meant.
 

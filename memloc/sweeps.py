@@ -189,7 +189,7 @@ def _work(content: Mapping[str, Any], root: str, where: Mapping[str, str]) -> di
         return {"error": f"the store {where['MEMLOC_RUNS']} is not there", "details": ""}
     try:
         return {"result": cells_.run(Cell.from_json(content), Path(root))}
-    except Exception as error:
+    except Exception as error:  # whatever a cell raises is the cell's, and the others go on
         return cells_.failure(error)
 
 

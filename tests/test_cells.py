@@ -121,7 +121,8 @@ def test_of_two_that_ask_for_the_same_cell_one_runs_it(small_book):
 
 def test_a_training_ends_with_the_process_that_asked_for_it(tmp_path):
     values = json.dumps(TRAINING | {"epochs": 100_000})
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'memloc.cells', {str(tmp_path / 'o')!r}], input={values!r}, text=True)"  # noqa: E501
+    command = f"[sys.executable, '-m', 'memloc.cells', {str(tmp_path / 'o')!r}]"
+    code = f"import subprocess, sys; subprocess.run({command}, input={values!r}, text=True)"
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
         import psutil
