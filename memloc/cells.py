@@ -19,7 +19,7 @@ from memloc import chapters, records
 from memloc.grids import Cell
 from memloc.progress import store
 
-__all__ = ["CellError", "find", "folder", "result_file", "run"]
+__all__ = ["CellError", "attempt", "find", "folder", "result_file", "run"]
 
 _LOOK_S = 0.1  # between two looks at the memory of a cell
 
@@ -113,6 +113,23 @@ def run(cell: Cell, root: Path) -> dict[str, Any]:
             marker.unlink(missing_ok=True)
 
 
+def attempt(cell: Cell, root: Path) -> dict[str, Any]:
+    """Run a cell; whatever it raises is an answer, so that the others go on.
+
+    Args:
+        cell: The cell.
+        root: As for :func:`run`.
+
+    Returns:
+        ``result``, what :func:`run` gave; or ``error``, one line, and ``details``, the traceback.
+    """
+    try:
+        return {"result": run(cell, root)}
+    except Exception as error:  # chapters and trainings are other people's code
+        details = error.details if isinstance(error, CellError) else "".join(traceback.format_exception(error))
+        return {"error": " ".join(str(error).split()) or type(error).__name__, "details": details}
+
+
 def _execute(cell: Cell, root: Path) -> dict[str, Any]:
     """Execute a chapter."""
     try:
@@ -137,11 +154,13 @@ def _train(cell: Cell) -> dict[str, Any]:
             input=json.dumps(cell.values),
             capture_output=True,
             text=True,
+            errors="replace",
             env=os.environ | threads,
         )
         if done.returncode or not out.is_file():
-            lines = done.stderr.strip().splitlines() or [f"the training ended with status {done.returncode}"]
-            raise CellError(f"the training failed: {lines[-1]}", done.stderr)
+            said = chapters.plain(done.stderr)
+            lines = said.strip().splitlines() or [f"the training ended with status {done.returncode}"]
+            raise CellError(f"the training failed: {lines[-1]}", said)
         content: dict[str, Any] = json.loads(out.read_text())
         return content
 
@@ -242,12 +261,6 @@ def _limited(memory_gb: float) -> Iterator[_Limit]:
     finally:
         limit.over.set()
         watcher.join()
-
-
-def failure(error: BaseException) -> dict[str, str]:
-    """Put into words why a cell failed: ``error``, one line, and ``details``, the traceback."""
-    details = error.details if isinstance(error, CellError) else "".join(traceback.format_exception(error))
-    return {"error": " ".join(str(error).split()) or type(error).__name__, "details": details}
 
 
 if __name__ == "__main__":

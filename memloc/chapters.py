@@ -41,6 +41,7 @@ __all__ = [
     "glue",
     "last_executed",
     "pages",
+    "plain",
     "project_root",
     "published",
     "read_notebook",
@@ -50,7 +51,7 @@ __all__ = [
     "stderr_of",
 ]
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _KEPT_UNUSED_S = 7 * 24 * 3600.0  # an executed notebook that nobody asked for in so long is deleted
 
 
@@ -242,7 +243,7 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> No
             )
     except PapermillExecutionError as error:
         partial.replace(failed)
-        text = _ANSI.sub("", "\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
+        text = plain("\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
         raise ChapterError(chapter.name, error.exec_count, text, failed) from error
     except DeadKernelError as error:
         partial.replace(failed)
@@ -255,6 +256,19 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> No
     }
     nbformat.write(_without_traces(notebook), partial)
     partial.replace(whole)
+
+
+def plain(text: str) -> str:
+    """Leave out colours, cursor movements and other control codes, which a terminal would obey.
+
+    Args:
+        text: Such as what a process wrote.
+
+    Example:
+        >>> plain("\x1b[31mred\x1b[0m\x1b[2J\x07")
+        'red'
+    """
+    return _CONTROL.sub("", text)
 
 
 def _kernel_manager(threads: int, sockets: str) -> type:

@@ -195,8 +195,6 @@ def _sweep(options: argparse.Namespace) -> int:
     root = chapters.project_root()
     spec = options.grid if options.grid.endswith((".yaml", ".yml")) else None
     cells = _read_cells(options, spec, root)
-    if options.address == "local":
-        raise UsageError("--address is that of a cluster: leave it out to start Ray here")
     if options.address and options.workers:
         raise UsageError("--workers is for this machine: leave it out with --address")
     table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"
@@ -253,10 +251,9 @@ def _run_cell(cell: "Cell", root: Path) -> "Outcome":
     """Run one cell in this process."""
     from memloc import cells, sweeps
 
-    try:
-        return sweeps.Outcome({cell.address: cells.run(cell, root)})
-    except cells.CellError as error:
-        return sweeps.Outcome(failures={cell.address: cells.failure(error)})
+    outcome = sweeps.Outcome()
+    outcome.take(cell, cells.attempt(cell, root))
+    return outcome
 
 
 def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:

@@ -190,7 +190,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter(
             "dropout", str, "dropout in the network", ("none", "tied", "tied-parity", "standard", "fixed", "fair")
         ),
-        Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere"),
+        Parameter("dropout_places", str, "where it is: names with commas between them; all: everywhere", each=str),
         Parameter("p_gen", float, "share of generalization channels", minimum=0, maximum=1),
         Parameter("p_mem", float, "probability of a memorization channel", minimum=0, maximum=1),
         Parameter("dropout_rate", float, "share that standard or fixed dropout switches off", minimum=0, maximum=1),

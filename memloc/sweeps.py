@@ -8,13 +8,14 @@ import csv
 import json
 import os
 import platform
+import socket
 import statistics
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import memloc
 from memloc import cells as cells_
 from memloc.grids import Cell
 from memloc.progress import store
+from memloc.recipes import Recipe
 
 __all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "sweep", "write_table"]
 
@@ -35,6 +37,7 @@ RAY_SETTINGS: Mapping[str, str] = {
 every interface, whatever address a node has; its own niceness of 15 starves cells beside any other work."""
 
 _RETRIES = 3  # of a cell whose worker or node was lost
+_CONNECT_S = 10  # until a cluster has to have answered
 _PROBE_S = 120  # until a node has to have said what it sees
 _SHARE_OF_GPU = 0.25
 _LOST = ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "ObjectLostError", "OwnerDiedError")
@@ -75,6 +78,13 @@ class Outcome:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    def take(self, cell: Cell, answer: dict[str, Any]) -> None:
+        """Take what :func:`memloc.cells.attempt` gave for a cell."""
+        if "result" in answer:
+            self.results[cell.address] = answer["result"]
+        else:
+            self.failures[cell.address] = answer
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -112,6 +122,8 @@ def estimate(cells: Sequence[Cell]) -> Estimate:
 
 
 def _likeness(chapter: str | None, parameters: Mapping[str, Any]) -> str:
+    if chapter is None:
+        parameters = asdict(Recipe(**parameters))  # whether typed or left at their defaults
     return json.dumps([chapter, {name: value for name, value in parameters.items() if name != "seed"}], sort_keys=True)
 
 
@@ -160,14 +172,15 @@ def sweep(
     todo = [cell for cell in cells if cell.address not in outcome.results]
     if not todo:
         return outcome
+    where = {"MEMLOC_RUNS": str(store().absolute())}
+    if "MEMLOC_DATA" in os.environ:
+        where["MEMLOC_DATA"] = str(Path(os.environ["MEMLOC_DATA"]).expanduser().absolute())
+    data = sorted({str(cell.full.get("dataset", "digits")) for cell in todo} - {"digits"})  # which comes with memloc
     with _same_store() as token, _cluster(address, workers) as ray:
-        _check_nodes(ray, token)
+        _check_nodes(ray, token, where, data)
         needs = [_needs(ray, cell) for cell in todo]
         _check_room(ray, todo, needs)
         task = ray.remote(_work)
-        where = {name: os.environ[name] for name in ("MEMLOC_DATA",) if name in os.environ} | {
-            "MEMLOC_RUNS": str(store().absolute())
-        }
         pending = {
             task.options(**need, max_retries=_RETRIES).remote(cell.to_json(), str(root), where): cell
             for cell, need in zip(todo, needs, strict=True)
@@ -177,34 +190,28 @@ def sweep(
             if not token.is_file():
                 raise SweepError(f"the store {store()} is gone: bring it back and start the sweep again")
             for reference in ready:
-                _take(ray, reference, pending.pop(reference), outcome)
+                outcome.take(pending.pop(reference), _answer(ray, reference))
             show(_status(cells, outcome, len(pending), ray))
     return outcome
 
 
 def _work(content: Mapping[str, Any], root: str, where: Mapping[str, str]) -> dict[str, Any]:
-    """Run one cell in a worker of Ray; a failure is an answer, so that Ray repeats lost workers alone."""
+    """Run one cell in a worker of Ray, which repeats lost workers alone."""
     os.environ |= where
     if not Path(where["MEMLOC_RUNS"]).is_dir():
         return {"error": f"the store {where['MEMLOC_RUNS']} is not there", "details": ""}
-    try:
-        return {"result": cells_.run(Cell.from_json(content), Path(root))}
-    except Exception as error:  # whatever a cell raises is the cell's, and the others go on
-        return cells_.failure(error)
+    return cells_.attempt(Cell.from_json(content), Path(root))
 
 
-def _take(ray: Any, reference: Any, cell: Cell, outcome: Outcome) -> None:
+def _answer(ray: Any, reference: Any) -> dict[str, Any]:
     """Take what a task says."""
     try:
-        answer = ray.get(reference)
+        answer: dict[str, Any] = ray.get(reference)
     except ray.exceptions.RayError as error:
         lost = type(error).__name__ in _LOST
         why = f"its worker was lost {_RETRIES + 1} times" if lost else " ".join(str(error).split())
-        answer = {"error": why, "details": str(error)}
-    if "result" in answer:
-        outcome.results[cell.address] = answer["result"]
-    else:
-        outcome.failures[cell.address] = answer
+        return {"error": why, "details": str(error)}
+    return answer
 
 
 @contextmanager
@@ -223,6 +230,8 @@ def _same_store() -> Iterator[Path]:
 @contextmanager
 def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     """Connect to a cluster, or start Ray on this machine; what was started is ended."""
+    if address is not None:
+        _check_address(address)
     os.environ |= RAY_SETTINGS
     try:
         import ray
@@ -248,25 +257,46 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _probe(token: str, version: str) -> str | None:
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would wait for."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not colon or not host or "/" in host or not port.isdecimal():
+        raise SweepError(f"--address must be HOST:PORT of a Ray cluster, or auto on one of its nodes, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise SweepError(f"nothing answers at {address} ({error}): start Ray there, or look at its address") from error
+
+
+def _probe(token: str, version: str, where: Mapping[str, str], data: Sequence[str]) -> str | None:
     """Say what is wrong with this node, if anything."""
+    os.environ |= where
     if not Path(token).is_file():
         return f"does not see the store {Path(token).parents[1]}: put it on a file system that all nodes share"
     if memloc.__version__ != version:
         return f"has memloc {memloc.__version__}, not {version}: install the same on all nodes"
+    for name in data:
+        from memloc import datasets
+
+        try:
+            datasets.read(name)
+        except (OSError, ValueError) as error:
+            return f"cannot read its data: {error}"
     return None
 
 
-def _check_nodes(ray: Any, token: Path) -> None:
-    """Ask every node whether it sees the store and has the same package."""
+def _check_nodes(ray: Any, token: Path, where: Mapping[str, str], data: Sequence[str]) -> None:
+    """Ask every node whether it sees the store and the data and has the same package."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task, asked = ray.remote(_probe), {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            options = {"scheduling_strategy": there, "num_cpus": 0, "max_retries": 0}
-            asked[task.options(**options).remote(str(token), memloc.__version__)] = node
+            options = {"scheduling_strategy": there, "num_cpus": 0}
+            asked[task.options(**options).remote(str(token), memloc.__version__, where, data)] = node
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
     problems = [(asked[reference], "does not answer: look at its log") for reference in late]
     for reference in ready:
@@ -276,8 +306,10 @@ def _check_nodes(ray: Any, token: Path) -> None:
             problem = f"cannot run memloc ({str(error).strip().splitlines()[-1]}): install it there"
         if problem:
             problems.append((asked[reference], problem))
-    if problems:
-        node, problem = problems[0]
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for node, problem in problems:
+        if node["NodeID"] not in alive:  # it died, and Ray has noticed since
+            continue
         raise SweepError(f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) {problem}")
 
 

@@ -490,3 +490,17 @@ def test_a_python_that_does_not_serve_is_refused_in_one_line(tmp_path: Path, pyt
     assert re.match(r"make(\[\d+\])?: ", make)
     assert done.returncode != 0
     assert not (tmp_path / ".venv").exists()
+
+
+def test_tests_of_one_group_run_in_one_process(tmp_path: Path) -> None:
+    """With pytest 9.2 and pytest-xdist 3.8 they do not, and two of them start a cluster on the same ports."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        f"def test_it(number): open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len([path for path in tmp_path.iterdir() if path.name.isdecimal()]) == 1

@@ -86,7 +86,8 @@ def test_a_failing_chapter_says_which_cell_and_leaves_nothing(small_book):
     with pytest.raises(cells.CellError, match=r"cell 2 of chapter 'work' failed: ZeroDivisionError") as failed:
         cells.run(cell, small_book.root)
     assert "1 / seed" in failed.value.details
-    assert cells.failure(failed.value)["error"] == str(failed.value)
+    answer = cells.attempt(cell, small_book.root)
+    assert (answer["error"], answer["details"]) == (str(failed.value), failed.value.details)
     assert not [path for path in cells.folder().iterdir() if path.is_file()]
 
 

@@ -169,9 +169,12 @@ def test_a_removed_node_s_cells_go_on_elsewhere(book, cluster):
     driver = start(book, "work", "-p", "seed=0,1,2,3", "--memory-gb", "1", "--address", cluster.address)
     wait_until(lambda: len(list(cells.folder().glob("*.running"))) == 3)
     cluster.remove_node(node, allow_graceful=False)
-    status, out, err = end(driver)
-    assert status == 0, out + err
-    assert "4 done, 0 failed" in out
+    book.chapter("other", RECORD)
+    at_once = start(book, "other", "--memory-gb", "1", "--address", cluster.address)
+    for process, done in ((driver, 4), (at_once, 1)):
+        status, out, err = end(process)
+        assert status == 0, out + err
+        assert f"{done} done, 0 failed" in out
     assert set(log(book)) == {"0", "1", "2", "3"}
 
 
@@ -184,7 +187,18 @@ def test_a_store_that_is_lost_or_not_seen_is_an_error_at_once(book, cluster, mon
     assert status == 2
     assert f"the store {runs.root()} is gone" in err
     assert "Traceback" not in out + err
-    assert "does not see the store" in sweeps._probe(str(book.root / "cells" / ".sweep-1"), "0")
+    assert "does not see the store" in sweeps._probe(str(book.root / "cells" / ".sweep-1"), "0", {}, [])
+
+
+def test_a_node_without_the_data_is_an_error_before_anything_starts(book, cluster, monkeypatch):
+    monkeypatch.setenv("MEMLOC_DATA", "nowhere")
+    spec = training_spec(book)
+    spec.write_text(spec.read_text().replace("model: mlp", "dataset: mnist"))
+    status, out, err = end(start(book, "grid.yaml", "--address", cluster.address))
+    assert (status, err.count("\n")) == (2, 1), out + err
+    assert "cannot read its data" in err
+    assert f"{book.root}/nowhere" in err
+    assert "memloc data get mnist" in err
 
 
 def test_a_cell_that_no_node_has_room_for_is_refused(book, cluster):
@@ -269,10 +283,14 @@ def test_without_ray_the_command_says_what_to_install(book, monkeypatch, capsys)
     assert cli.main(["sweep", "work", "--dry-run"]) == 0
 
 
-def test_this_machine_is_no_address(book, capsys):
+@pytest.mark.parametrize("address", ["local", "ray://localhost:1", "10.0.0.1", ":1", "localhost:1", "localhost:99999"])
+def test_an_address_where_no_cluster_is_gets_one_line_at_once(book, capsys, address):
     book.chapter("work", RECORD)
-    assert cli.main(["sweep", "work", "--address", "local"]) == 2
-    assert "leave it out to start Ray here" in capsys.readouterr().err
+    begin = time.monotonic()
+    assert cli.main(["sweep", "work", "--address", address]) == 2
+    assert time.monotonic() - begin < 5
+    said = capsys.readouterr().err
+    assert (address in said, said.count("\n")) == (True, 1)
 
 
 def test_an_estimate_takes_cells_that_differ_in_the_seed_or_in_anything_but_the_chapter(book):
@@ -283,6 +301,9 @@ def test_an_estimate_takes_cells_that_differ_in_the_seed_or_in_anything_but_the_
         cells._write(cells.result_file(cell), content | {"seconds": seconds})
     same = sweeps.estimate(grids.from_words("work", ["seed=0,1,2"], book.root))
     assert (same.done, same.todo, same.seconds, same.unknown) == (2, 1, 15.0, 0)
+    typed, left_out = (grids.read_spec(training_spec(book, training=each), book.root) for each in ({"epochs": 50}, {}))
+    cells._write(cells.result_file(typed[0]), {"chapter": None, "parameters": typed[0].full, "seconds": 7.0})
+    assert sweeps.estimate(left_out).seconds == 14.0, "fifty epochs are the default"
     other = sweeps.estimate(grids.from_words("work", ["seed=0,1", "epochs=2"], book.root))
     assert (other.done, other.todo, other.seconds) == (0, 2, 30.0)
     book.chapter("other", RECORD)
