@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("-o", type=Path, metavar="OUT.csv", help="the table of results (in the store of the trainings)")
     one.add_argument("--dry-run", action="store_true", help="show what would run, and how long it may take")
+    one.add_argument("--record", action="store_true", help="keep the numbers in book/results/sweeps/SPEC.json")
     one.add_argument("--workers", type=_threads, metavar="N", help="CPUs of this machine to use (all)")
     one.add_argument("--address", metavar="HOST:PORT", help="join a Ray cluster instead of starting Ray here")
     one.add_argument("--cpus", type=_threads, metavar="N", help="threads of each cell (1)")
@@ -200,6 +201,8 @@ def _sweep(options: argparse.Namespace) -> int:
     table = options.o or cells_.folder() / f"{Path(options.grid).stem}.csv"
     if options.o and (options.o.suffix != ".csv" or options.o.is_dir() or not options.o.absolute().parent.is_dir()):
         raise UsageError(f"-o takes the path of a .csv file in a folder that is there, got {str(options.o)!r}")
+    if options.record:
+        _check_grid_recordable(options, root)
     _print_plan(cells, sweeps.estimate(cells))
     if options.dry_run:
         return 0
@@ -222,6 +225,12 @@ def _sweep(options: argparse.Namespace) -> int:
             failed = outcome.failures[cell.address]
             print(f"{failed['details'].rstrip()}\n{cell.name}: {failed['error']}\n  alone: {cell.command(spec)}")
     print(f"{len(outcome.results)} done, {len(outcome.failures)} failed: {table}")
+    if options.record:
+        print(
+            sweeps.keep(
+                root, Path(options.grid).stem, cells, outcome, shlex.join(["memloc", "sweep", options.grid, "--record"])
+            )
+        )
     return 1 if outcome.failures else 0
 
 
@@ -306,6 +315,17 @@ def _check_recordable(options: argparse.Namespace, root: Path) -> None:
         raise UsageError(f"--record needs the name of a preset in book/presets/{options.chapter}: add -f NAME")
     if options.p:
         raise UsageError("--record keeps what a preset gives: leave out -p, or change the preset")
+    try:
+        records.commit(root)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_grid_recordable(options: argparse.Namespace, root: Path) -> None:
+    if Path(options.grid).absolute().parent != root.absolute() / "book" / "presets" / "sweeps":
+        raise UsageError("--record needs a file in book/presets/sweeps")
+    if options.cell is not None:
+        raise UsageError("--record keeps the whole sweep: leave out --cell")
     try:
         records.commit(root)
     except ValueError as error:

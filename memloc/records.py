@@ -368,10 +368,26 @@ def keep(root: Path, executed: Path, preset: str, command: str) -> Path:
         "date": about["date"],
         "command": command,
     }
-    path = root / "book" / "results" / chapter / f"{preset}.json"
+    return write_result(root, chapter, preset, result)
+
+
+def write_result(root: Path, folder: str, name: str, content: Mapping[str, Any]) -> Path:
+    """Write ``book/results/<folder>/<name>.json``, a line for each of its names, floats to six significant digits.
+
+    Args:
+        root: The folder with ``_toc.yml``.
+        folder: The chapter, or ``sweeps``.
+        name: The preset, or the grid.
+        content: What to write.
+
+    Returns:
+        The file. It is written under another name and renamed.
+    """
+    path = root / "book" / "results" / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{json.dumps(key)}: {json.dumps(_rounded(value), ensure_ascii=False)}" for key, value in content.items()]
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_rounded(result), indent=1, ensure_ascii=False) + "\n")
+    partial.write_text("{" + ",\n ".join(rows) + "}\n")
     partial.replace(path)
     return path
 

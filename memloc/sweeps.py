@@ -16,16 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import memloc
 from memloc import cells as cells_
+from memloc import records
 from memloc.grids import Cell
 from memloc.progress import store
 from memloc.recipes import Recipe
 
-__all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "sweep", "write_table"]
+__all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "keep", "sweep", "write_table"]
 
 RAY_SETTINGS: Mapping[str, str] = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -353,6 +355,43 @@ def _status(cells: Sequence[Cell], outcome: Outcome, pending: int, ray: Any) -> 
     at_once = max(1, len(running))
     left = pending * statistics.median(seconds) / at_once if seconds else None
     return Status(len(outcome.results), running, len(outcome.failures), pending - len(running), left)
+
+
+def keep(root: Path, name: str, cells: Sequence[Cell], outcome: Outcome, command: str) -> Path:
+    """Write what a sweep found to ``book/results/sweeps/<name>.json``.
+
+    Args:
+        root: The folder with ``_toc.yml``, a git checkout.
+        name: The grid's name.
+        cells: The sweep.
+        outcome: What became of it.
+        command: What was typed.
+
+    Returns:
+        The file: ``command``, ``commit`` and ``date`` of the record; ``missing``, the number of cells without a result;
+        ``cells``, of each that has one what sets it apart, on which commit, device and with what it ran, its
+        ``seconds`` and ``metrics``.
+
+    Raises:
+        ValueError: If the folder is not a git checkout.
+    """
+    rows = []
+    for cell in cells:
+        if cell.address in outcome.results:
+            result = outcome.results[cell.address]
+            about = {name: result.get(name) for name in ("commit", "device", "threads", "versions", "seconds")}
+            metrics = {name: value for name, value in result["metrics"].items() if name not in ("claim", "paper")}
+            rows.append(
+                {"chapter": cell.name, "preset": cell.preset, "parameters": cell.values, **about} | {"metrics": metrics}
+            )
+    content = {
+        "command": command,
+        "commit": records.commit(root),
+        "date": datetime.now(UTC).date().isoformat(),
+        "missing": len(cells) - len(rows),
+        "cells": rows,
+    }
+    return records.write_result(root, "sweeps", name, content)
 
 
 def write_table(path: Path, cells: Sequence[Cell], outcome: Outcome) -> None:

@@ -331,6 +331,34 @@ def test_a_table_has_a_row_for_a_cell_that_recorded_nothing_and_quotes_what_need
     assert rows == [("0", "done", "", ""), ("1", "done", "a", 'x, "y"\nz'), ("1", "done", "b", "")]
 
 
+def test_a_recorded_sweep_has_what_sets_each_cell_apart_and_what_it_found(book, capsys):
+    book.chapter("work", RECORD)
+    spec = Path("book/presets/sweeps/grid.yaml")
+    spec.parent.mkdir(parents=True)
+    spec.write_text("cells: [{chapter: work, grid: {seed: [0, 1]}}]")
+    assert cli.main(["sweep", str(spec), "--record", "--dry-run"]) == 2
+    assert "is not a git checkout" in capsys.readouterr().err
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], check=True)
+    cell = grids.read_spec(spec, book.root)[1]
+    assert cli.main(["sweep", str(spec), "--cell", cell.address, "--record"]) == 2
+    assert "leave out --cell" in capsys.readouterr().err
+    outcome = sweeps.Outcome({cell.address: cells.run(cell, book.root)})
+    path = sweeps.keep(book.root, "grid", grids.read_spec(spec, book.root), outcome, "typed")
+    assert path == book.root / "book" / "results" / "sweeps" / "grid.json"
+    content = json.loads(path.read_text())
+    (row,) = content["cells"]
+    assert (content["command"], content["missing"]) == ("typed", 1)
+    assert (row["chapter"], row["parameters"], row["metrics"]) == (
+        "work",
+        {"seed": 1},
+        {"twice": 2, "verdict": "holds"},
+    )
+    assert len(row["commit"]) == 40
+    assert cli.main(["sweep", "work", "--record"]) == 2
+    assert "--record needs a file in book/presets/sweeps" in capsys.readouterr().err
+
+
 def test_one_cell_alone_leaves_the_table_of_the_sweep(book, capsys):
     book.chapter("work", RECORD)
     cells.folder().mkdir(parents=True)
