@@ -226,11 +226,9 @@ def _sweep(options: argparse.Namespace) -> int:
             print(f"{failed['details'].rstrip()}\n{cell.name}: {failed['error']}\n  alone: {cell.command(spec)}")
     print(f"{len(outcome.results)} done, {len(outcome.failures)} failed: {table}")
     if options.record:
-        print(
-            sweeps.keep(
-                root, Path(options.grid).stem, cells, outcome, shlex.join(["memloc", "sweep", options.grid, "--record"])
-            )
-        )
+        grid = Path(options.grid)
+        command = shlex.join(["memloc", "sweep", f"book/presets/sweeps/{grid.name}", "--record"])
+        print(sweeps.keep(root, grid.stem, cells, outcome, command))
     return 1 if outcome.failures else 0
 
 
