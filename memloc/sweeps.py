@@ -369,7 +369,7 @@ def keep(root: Path, name: str, cells: Sequence[Cell], outcome: Outcome, command
 
     Returns:
         The file: ``command``, ``commit`` and ``date`` of the record; ``missing``, the number of cells without a result;
-        ``cells``, of each that has one what sets it apart, on which commit, device and with what it ran, its
+        ``cells``, of each that has one its parameters, on which commit, device and with what it ran, its
         ``seconds`` and ``metrics``.
 
     Raises:
@@ -382,7 +382,7 @@ def keep(root: Path, name: str, cells: Sequence[Cell], outcome: Outcome, command
             about = {name: result.get(name) for name in ("commit", "device", "threads", "versions", "seconds")}
             metrics = {name: value for name, value in result["metrics"].items() if name not in ("claim", "paper")}
             rows.append(
-                {"chapter": cell.name, "preset": cell.preset, "parameters": cell.values, **about} | {"metrics": metrics}
+                {"chapter": cell.name, "preset": cell.preset, "parameters": cell.full, **about} | {"metrics": metrics}
             )
     content = {
         "command": command,

@@ -331,7 +331,7 @@ def test_a_table_has_a_row_for_a_cell_that_recorded_nothing_and_quotes_what_need
     assert rows == [("0", "done", "", ""), ("1", "done", "a", 'x, "y"\nz'), ("1", "done", "b", "")]
 
 
-def test_a_recorded_sweep_has_what_sets_each_cell_apart_and_what_it_found(book, capsys):
+def test_a_recorded_sweep_has_the_parameters_of_each_cell_and_what_it_found(book, capsys):
     book.chapter("work", RECORD)
     spec = Path("book/presets/sweeps/grid.yaml")
     spec.parent.mkdir(parents=True)
