@@ -1,5 +1,6 @@
 """The grids of the papers, and the recipe for Kubernetes as far as it can be checked without a cluster."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -119,3 +120,18 @@ def test_the_manifest_runs_a_sweep_that_is_there_with_the_ray_that_is_asked_for(
     assert asked == "ray>=2.60,<3"
     version = job["spec"]["rayClusterSpec"]["rayVersion"]
     assert int(re.fullmatch(r"2\.(\d+)\.\d+", version)[1]) >= 60
+
+
+RECORDED = sorted((ROOT / "book" / "results" / "sweeps").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_sweep_is_that_of_its_grid(path: Path) -> None:
+    content = json.loads(path.read_text())
+    cells = grids.read_spec(ROOT / "book" / "presets" / "sweeps" / path.name.replace(".json", ".yaml"), ROOT)
+    assert len(cells) - len(content["cells"]) == content["missing"]
+    for row in content["cells"]:
+        alike = [cell for cell in cells if (cell.chapter, cell.preset) == (row["chapter"], row["preset"])]
+        assert any(cell.values.items() <= row["parameters"].items() for cell in alike)
+    for commit in (content["commit"], *(row["commit"] for row in content["cells"])):
+        assert re.fullmatch(r"[0-9a-f]{40}", commit), "recorded with changes that were not committed"
