@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -334,13 +335,29 @@ fit(replace(recipe, seed=1))
 """
 
 
-@pytest.mark.slow
-def test_torchrun_trains_and_ends_all_processes_when_one_fails(own_run_store, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(recipe=PLAIN))
-    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MEMLOC_RUNS": str(own_run_store)}
+def torchrun(folder, code):
+    script = folder / "script.py"
+    script.write_text(code)
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_run_store")
+def test_the_script_of_the_page_on_scaling_trains_as_it_stands(tmp_path):
+    page = (Path(__file__).parents[1] / "book" / "scaling.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    ended = torchrun(tmp_path, code)
+    assert ended.returncode == 0, ended.stderr
+    (info,) = runs.listing()
+    assert (info.is_whole, info.recipe["processes"]) == (True, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_run_store")
+def test_torchrun_trains_and_ends_all_processes_when_one_fails(tmp_path):
+    ended = torchrun(tmp_path, SCRIPT.format(recipe=PLAIN))
     assert ended.returncode != 0
     assert "the second process ends" in ended.stderr
     trained, alone = fit(PLAIN), fit(replace(PLAIN, processes=1))
