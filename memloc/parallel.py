@@ -40,8 +40,7 @@ def join() -> None:
     """Join the group of processes that torchrun started, through gloo and, where there are GPUs, NCCL.
 
     With GPUs, ``"cuda"`` is from now on that of this process, the one of its ``LOCAL_RANK``. A group that was joined
-    before stays as it is; it must be one for tensors on the CPU too, which NCCL alone is not.
-    :func:`memloc.training.fit` and :func:`memloc.training.train` call this first.
+    before stays as it is. :func:`memloc.training.fit` and :func:`memloc.training.train` call this first.
 
     Raises:
         ValueError: If ``WORLD_SIZE`` in the environment is no number of processes, or the rest of what torchrun sets is
@@ -159,7 +158,8 @@ def agreed(decision: bool) -> bool:
     """
     if size() == 1:
         return decision
-    flag = torch.tensor(int(decision))
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"  # for a group of somebody else's, of NCCL alone
+    flag = torch.tensor(int(decision), device=device)
     dist.broadcast(flag, 0)
     return bool(flag)
 

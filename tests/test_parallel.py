@@ -365,6 +365,17 @@ def test_torchrun_trains_and_ends_all_processes_when_one_fails(tmp_path):
     pd.testing.assert_frame_equal(trained.history, alone.history.assign(seconds=trained.history.seconds), atol=1e-4)
 
 
+@pytest.mark.parametrize(("backends", "expected"), [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_a_decision_travels_on_a_device_that_the_group_can_send_from(monkeypatch, backends, expected):
+    devices = []
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "broadcast", lambda flag, source: None)
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: devices.append(device) or torch.full((), value))
+    assert parallel.agreed(True)
+    assert devices == [expected]
+
+
 # What several processes cannot do.
 
 
