@@ -3,14 +3,19 @@
 Start a script that calls :func:`memloc.training.fit` with torchrun, and give its recipe as many ``processes``. A script
 that nobody started so is a group of one process, for which nothing here does anything.
 
+A process in which a training fails has to end, which lets torchrun end the others at once. One that catches the error
+and goes on leaves them waiting, for half an hour.
+
 Torchrun itself listens on all network interfaces and asks nobody for a password: use it where the network is trusted.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 
+import filelock
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -38,14 +43,18 @@ def join() -> None:
     before stays as it is. :func:`memloc.training.fit` and :func:`memloc.training.train` call this first.
 
     Raises:
-        ValueError: If ``WORLD_SIZE`` is in the environment and the rest of what torchrun sets is not.
+        ValueError: If ``WORLD_SIZE`` in the environment is no number of processes, or the rest of what torchrun sets is
+            not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"WORLD_SIZE must be a number of processes, as torchrun sets it, got {count!r}: unset it")
+    if int(count) == 1 or dist.is_initialized():
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
 
 
@@ -134,7 +143,8 @@ def spread(model: nn.Module) -> None:
     if size() == 1:
         return
     for tensor in (*model.parameters(), *model.buffers()):
-        content = tensor.detach().reshape(-1).view(torch.uint8).clone()  # as bytes, whatever the type
+        content = tensor.detach().clone(memory_format=torch.contiguous_format)
+        content = content.view(-1).view(torch.uint8)  # as bytes, whatever the type
         dist.broadcast(content, 0)
         tensor.detach().copy_(content.view(tensor.dtype).view(tensor.shape))
 
@@ -148,27 +158,39 @@ def agreed(decision: bool) -> bool:
     """
     if size() == 1:
         return decision
-    flag = torch.tensor(int(decision))
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"  # for a group of somebody else's, of NCCL alone
+    flag = torch.tensor(int(decision), device=device)
     dist.broadcast(flag, 0)
     return bool(flag)
 
 
 @contextmanager
-def held_by_first(held: AbstractContextManager[None]) -> Iterator[None]:
+def held_by_first(hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Hold something in the first process alone, from before any process enters the block until all have left it.
 
     Args:
-        held: Such as a lock on a file, which the other processes of the group must not wait for.
+        hold: Gives what is to be held, such as a lock on a file, which the other processes of the group must not wait
+            for. While entering it raises :class:`filelock.Timeout`, as somebody else holds it, it is asked for again.
 
     Example:
-        >>> with held_by_first(nullcontext()):
+        >>> from contextlib import nullcontext
+        >>> with held_by_first(nullcontext):
         ...     size()
         1
     """
-    with held if rank() == 0 else nullcontext():
-        _wait_for_all()
+    with ExitStack() as held:
+        while not agreed(rank() > 0 or _is_entered(held, hold)):  # each time anew, so that no process times out
+            time.sleep(0.1)
         yield
         _wait_for_all()
+
+
+def _is_entered(held: ExitStack, hold: Callable[[], AbstractContextManager[None]]) -> bool:
+    try:
+        held.enter_context(hold())
+    except filelock.Timeout:
+        return False
+    return True
 
 
 @contextmanager

@@ -191,7 +191,8 @@ def _check_processes(loop: _Loop) -> None:
     count, wanted = parallel.size(), loop.settings.processes
     if count > 1 and isinstance(loop.model, Pair):
         raise ValueError(
-            f"a Pair weighs whole batches, and a process here sees 1/{count} of them: train it in one alone"
+            f"a Pair weighs whole batches, and a process here sees 1/{count} of them: "
+            "train it in one alone (for loss 'mat' fit recipe.pair first, without torchrun)"
         )
     if wanted != count:
         how = f"start them with `torchrun --nproc-per-node={wanted}`" if count == 1 else f"set processes={count}"
@@ -250,7 +251,9 @@ def train(
     Neither observers nor evaluation change the result, and torch's global generators are as before afterwards.
 
     Under torchrun all processes train the network together (:mod:`memloc.parallel`): let each call this with the same
-    arguments, and the data on its own device.
+    arguments, and the data on its own device, which ``"cuda"`` is after :func:`memloc.parallel.join`. What the network
+    or the loss remembers of single examples, outside of trained parameters, each process remembers for its share only,
+    and of buffers those of the first are kept after each epoch.
 
     Args:
         model: Any network that gives logits of shape ``(B, K)``. It is moved to the device of the data.
@@ -468,12 +471,14 @@ def fit(
         if not name.isidentifier() or name.startswith(("epoch_", "resume_")):  # names of a run's own files
             raise ValueError(f"observers must have a word for a name, not epoch_… or resume_…, got {name!r}")
 
-    with parallel.held_by_first(runs.locked(recipe.address)):
+    with parallel.held_by_first(partial(runs.locked, recipe.address, wait=False)):
         old = runs.find(recipe.address, recipe)
-        if old is not None and wanted <= set(old.epochs) and set(watching) <= set(old.tables):
+        serves = old is not None and wanted <= set(old.epochs) and set(watching) <= set(old.tables)
+        if parallel.agreed(serves):  # else a process that sees another store would train alone, and wait for the others
+            run = old or runs.Follower(recipe.address, recipe).finish({}, {})
             for name, observer in watching.items():
-                observer.restore(old.table(name))
-            return old
+                observer.restore(run.table(name))
+            return run
         kept = {} if old is None else {name: old.table(name) for name in old.tables if name not in watching}
         if old is not None:
             wanted |= set(old.epochs)

@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import filelock
 import pandas as pd
 import pytest
 import torch
@@ -88,7 +91,6 @@ def close(found, expected, tolerance):
         torch.testing.assert_close(torch.as_tensor(found[name]), value, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "tolerance"),
@@ -190,18 +192,44 @@ def test_an_interrupted_training_of_two_processes_goes_on_and_ends_with_the_same
     assert both == [(list(range(last + 1, 4)), True, True, True)] * 2
 
 
-def _elsewhere(store):
-    if parallel.rank() == 1:
+def _elsewhere(store, rank, is_whole):
+    if is_whole:
+        fit(PLAIN)
+    if parallel.rank() == rank:
         os.environ["MEMLOC_RUNS"] = store
     fit(PLAIN)
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_see_one_store_are_told(group, tmp_path):
-    first, second = group(_elsewhere, str(tmp_path / "elsewhere"))
+@pytest.mark.parametrize(("rank", "is_whole"), [(1, False), (1, True), (0, True)])
+def test_processes_that_do_not_see_one_store_are_told(group, tmp_path, rank, is_whole):
+    first, second = group(_elsewhere, str(tmp_path / "elsewhere"), rank, is_whole)
     assert isinstance(second, OSError)
     assert "is not there: let $MEMLOC_RUNS be one folder that all processes of a training share" in str(second)
     assert isinstance(first, RuntimeError)  # the other one is gone
+
+
+def _waiting():
+    asked = []
+
+    @contextmanager
+    def hold():
+        asked.append("refused" if len(asked) < 2 else "held")
+        if asked[-1] == "refused":
+            raise filelock.Timeout("somebody else holds it")
+        yield
+        asked.append("left")
+
+    with parallel.held_by_first(hold):
+        inside = list(asked)
+    return inside, asked, parallel.agreed(parallel.rank() == 0)
+
+
+@pytest.mark.slow
+def test_a_group_waits_together_for_what_somebody_else_holds(group):
+    """Else the others would time out where the first waits for another group that trains the same run for hours."""
+    held = ["refused", "refused", "held"]
+    assert group(_waiting) == [(held, [*held, "left"], True), ([], [], True)]
 
 
 class Draws(nn.Linear):
@@ -250,6 +278,7 @@ def _collectives():
 
     model = nn.Conv2d(3, 2, 1).to(memory_format=torch.channels_last)
     buffers = torch.tensor([rank == 0, True]), torch.tensor(rank), torch.rand(0), torch.tensor([rank]).bfloat16()
+    buffers = *buffers, torch.full((4,), rank)[::2]
     for number, buffer in enumerate(buffers):
         model.register_buffer(f"buffer{number}", buffer)
     parallel.spread(model)
@@ -268,7 +297,7 @@ def test_sums_parts_and_decisions_are_those_of_all_processes(group):
     for rank, (sums, buffers, shares, together, decision) in enumerate(group(_collectives)):
         infinite = [[torch.inf] * 3] * 2
         assert sums == [[[0, 3, 6], [9, 12, 15]], [[7.0] * 3] * 2, None, infinite, [1.0, 4.0]]
-        assert buffers == [[True, True], 0, [], [0.0]]
+        assert buffers == [[True, True], 0, [], [0.0], [0, 0]]
         assert shares == [[[0, 1, 2], [0]], [[3, 4], []]][rank]
         assert together == str([[[float(index), torch.nan] for index in range(5)], [0]])
         assert decision is True
@@ -306,18 +335,45 @@ fit(replace(recipe, seed=1))
 """
 
 
-@pytest.mark.slow
-def test_torchrun_trains_and_ends_all_processes_when_one_fails(own_run_store, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(recipe=PLAIN))
-    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MEMLOC_RUNS": str(own_run_store)}
+def torchrun(folder, code):
+    script = folder / "script.py"
+    script.write_text(code)
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_run_store")
+def test_the_script_of_the_page_on_scaling_trains_as_it_stands(tmp_path):
+    page = (Path(__file__).parents[1] / "book" / "scaling.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    ended = torchrun(tmp_path, code)
+    assert ended.returncode == 0, ended.stderr
+    (info,) = runs.listing()
+    assert (info.is_whole, info.recipe["processes"]) == (True, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_run_store")
+def test_torchrun_trains_and_ends_all_processes_when_one_fails(tmp_path):
+    ended = torchrun(tmp_path, SCRIPT.format(recipe=PLAIN))
     assert ended.returncode != 0
     assert "the second process ends" in ended.stderr
     trained, alone = fit(PLAIN), fit(replace(PLAIN, processes=1))
     assert [info.address for info in runs.listing() if info.is_whole] == [alone.address, trained.address]
     pd.testing.assert_frame_equal(trained.history, alone.history.assign(seconds=trained.history.seconds), atol=1e-4)
+
+
+@pytest.mark.parametrize(("backends", "expected"), [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_a_decision_travels_on_a_device_that_the_group_can_send_from(monkeypatch, backends, expected):
+    devices = []
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "broadcast", lambda flag, source: None)
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: devices.append(device) or torch.full((), value))
+    assert parallel.agreed(True)
+    assert devices == [expected]
 
 
 # What several processes cannot do.
@@ -382,3 +438,7 @@ def test_an_environment_that_only_has_the_number_of_processes_is_refused(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK"):
         parallel.join()
+    for count in ("two", "", "0", "-1"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.raises(ValueError, match=f"WORLD_SIZE must be a number of processes, .*, got '{count}': unset it"):
+            fit(PLAIN)

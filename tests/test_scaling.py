@@ -7,12 +7,18 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
-from memloc import chapters, cli, grids, pages
+from memloc import chapters, cli, datasets, grids, models, pages
+from memloc.recipes import Settings
+from memloc.training import train
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "book" / "scaling.md").read_text()
 SPECS = sorted((ROOT / "book" / "presets" / "sweeps").glob("*.yaml"))
 
 
@@ -50,6 +56,33 @@ def test_a_grid_covers_the_seeds_of_a_preset_one_by_one(path: Path) -> None:
             seeds = seeds[:1]
         for seed in seeds:
             assert (chapter, tuple(sorted((wanted | {"seed": seed}).items()))) in have
+
+
+def test_the_work_of_a_training_is_counted_as_it_is_done() -> None:
+    """Each image in a step counts three times, one forward and the work of two backward, and once in an evaluation."""
+    data, seen = datasets.load("digits", examples=64), []
+    model = models.build("mlp", width=8, seed=0, in_channels=1, size=8, num_classes=10)
+    model.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0]) * (3 if module.training else 1)))
+    train(model, data, Settings(epochs=3, batch_size=24))
+    work = sum(seen[1:])  # before training the network is tried on one image
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(data.train.images[:1])
+
+    (cell,) = re.findall(r"```\{code-cell\} ipython3\n:tags: [^\n]*\n\n(SHAPES .*?)```", PAGE, re.DOTALL)
+    digits = f'"digits": (1_000, {len(data.test.labels)}, 1, 8, 10),'
+    full = {"dataset": "digits", "examples": 64, "model": "mlp", "width": 8, "epochs": 3}
+    known = {"trainings": [{"source": "recipes", "key": "", "chapter": "training", "full": full}], "training_s": 1.0}
+    found = known | {"pd": pd, "torch": torch, "models": models, "FlopCounterMode": FlopCounterMode}
+    exec(cell.replace("SHAPES = {", "SHAPES = {" + digits), found)
+    assert found["core_flops_s"] == work * counter.get_total_flops()
+
+
+def test_the_page_tells_how_to_get_all_the_data_that_its_grids_on_maini_take() -> None:
+    words = re.search(r"Get the data first.*?\n\n", PAGE, re.DOTALL)[0]
+    told = {word.removeprefix("memloc data get ") for word in re.findall("`([^`]+)`", words)}
+    cells = [cell for path in SPECS if path.stem.startswith("maini") for cell in grids.read_spec(path, ROOT)]
+    wanted = {cell.full["dataset"] for cell in cells}
+    assert told & datasets.SOURCES.keys() == wanted | {"cscores", "cifar-10n"}
 
 
 def test_the_batch_script_is_bash_and_asks_for_a_token_before_ray_starts() -> None:
