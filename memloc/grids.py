@@ -311,6 +311,8 @@ def _expand_training(
             recipe = Recipe(**given)
         except (TypeError, ValueError) as error:
             raise ParameterError(str(error)) from error
+        if recipe.processes > 1:
+            raise ParameterError(f"processes must be 1 in a sweep, which starts no torchrun, got {recipe.processes}")
         cells.append(Cell(None, given, given, None, resources, recipe.address))
     return cells
 

@@ -238,7 +238,7 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise SweepError("sweeps need Ray, which is not installed: pip install 'memloc[sweep]'") from error
+        raise SweepError("sweeps need Ray, the extra memloc[sweep]: pip install -e '.[sweep]' in the clone") from error
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         if address is None:

@@ -118,6 +118,7 @@ def test_a_thousand_cells_expand_without_torch(book):
         ({"cells": [{"chapter": "rewinding", "memory_gb": "lots"}]}, "memory_gb must be a number"),
         ({"cells": [{"training": {"epoch": 3}}]}, "unknown field 'epoch' of a training; did you mean 'epochs'"),
         ({"cells": [{"training": {"epochs": -3}}]}, "epochs must be an integer"),
+        ({"cells": [{"training": {}, "grid": {"processes": [1, 2]}}]}, "processes must be 1 in a sweep"),
         ({"cells": [{"training": {}, "preset": "small"}]}, "preset belongs to a chapter"),
         ("cells: []\ncells: [{chapter: rewinding}]", "key 'cells' is given twice"),
         ("cells: [{chapter: rewinding, grid: {seed: [0], seed: [1]}}]", "key 'seed' is given twice"),

@@ -16,7 +16,7 @@ import pytest
 
 from memloc import cells, grids, runs
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'memloc[sweep]'")
+pytest.importorskip("ray", reason="Ray, the extra memloc[sweep], is not installed")
 
 SCRIPT = Path(__file__).parents[1] / "book" / "recipes" / "slurm.sbatch"
 DAEMONS = ("munged", "slurmctld", "slurmd")

@@ -17,7 +17,7 @@ import pytest
 from memloc import cells, cli, grids, runs, sweeps
 from memloc.grids import Resources
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'memloc[sweep]'")
+ray = pytest.importorskip("ray", reason="Ray, the extra memloc[sweep], is not installed")
 
 COMMAND = [sys.executable, "-c", "import sys; from memloc.cli import main; sys.exit(main())"]
 LOG = "import os, time\nopen('log', 'a').write(f'{seed}\\n')"
@@ -279,7 +279,10 @@ def test_without_ray_the_command_says_what_to_install(book, monkeypatch, capsys)
     book.chapter("work", RECORD)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.main(["sweep", "work"]) == 2
-    assert capsys.readouterr().err == "memloc: sweeps need Ray, which is not installed: pip install 'memloc[sweep]'\n"
+    assert (
+        capsys.readouterr().err
+        == "memloc: sweeps need Ray, the extra memloc[sweep]: pip install -e '.[sweep]' in the clone\n"
+    )
     assert cli.main(["sweep", "work", "--dry-run"]) == 0
 
 
