@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc import chapters, records
-from memloc.grids import Cell
+from memloc.grids import Cell, is_current
 from memloc.progress import store
 
 __all__ = ["CellError", "attempt", "find", "folder", "result_file", "run"]
@@ -131,7 +131,10 @@ def attempt(cell: Cell, root: Path) -> dict[str, Any]:
 
 
 def _execute(cell: Cell, root: Path) -> dict[str, Any]:
-    """Execute a chapter."""
+    """Execute a chapter, if it is the one that the cell's address stands for."""
+    if not is_current(cell, root):
+        why = "was edited after the sweep was started, or is another one on this node: start the sweep again"
+        raise CellError(f"chapter {cell.chapter!r} {why}", "")
     try:
         executed = chapters.execute(
             chapters.get(root, str(cell.chapter)), cell.values, root=root, threads=cell.resources.cpus

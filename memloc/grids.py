@@ -21,7 +21,7 @@ from memloc.records import module_sha256
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["MOST_CELLS", "Cell", "Resources", "from_words", "read_spec"]
+__all__ = ["MOST_CELLS", "Cell", "Resources", "from_words", "is_current", "read_spec"]
 
 MOST_CELLS = 100_000
 """A grid of more cells is refused: it is a slip of the pen."""
@@ -190,6 +190,27 @@ def from_words(name: str, words: Sequence[str], root: Path, resources: Resources
         is_list = parameter in PARAMETERS and PARAMETERS[parameter].each is not None
         grid.setdefault(parameter, []).extend([values] if is_list else values.split(","))
     return _each_once(_expand_chapter(get(root, name), None, {}, grid, resources or Resources(), root))
+
+
+def is_current(cell: Cell, root: Path) -> bool:
+    """Say whether what a cell's address stands for is still what is on this machine's disk.
+
+    Args:
+        cell: The cell.
+        root: The folder with ``_toc.yml``.
+
+    Returns:
+        False if the chapter's text, its module or a parameter's default is another than when the cell was made. A
+        training is always current.
+
+    Raises:
+        ProjectError: If there is no such chapter any more.
+        ParameterError: If the chapter has other parameters now.
+    """
+    if cell.chapter is None:
+        return True
+    (now,) = _expand_chapter(get(root, cell.chapter), cell.preset, cell.values, {}, cell.resources, root)
+    return now.address == cell.address
 
 
 def _loader() -> type["yaml.SafeLoader"]:

@@ -81,6 +81,15 @@ def test_a_planted_pickle_in_a_run_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_chapter_that_was_edited_since_is_not_run_under_the_address_of_the_old_one(small_book):
+    cell = chapter_cell(small_book, RECORD)
+    small_book.chapter("work", RECORD.replace("2 *", "3 *"))
+    with pytest.raises(cells.CellError, match=r"chapter 'work' was edited after the sweep was started"):
+        cells.run(cell, small_book.root)
+    assert cells.find(cell) is None
+    assert not (small_book.root / "_build").exists(), "nothing was executed"
+
+
 def test_a_failing_chapter_says_which_cell_and_leaves_nothing(small_book):
     cell = chapter_cell(small_book, "1 / seed")
     with pytest.raises(cells.CellError, match=r"cell 2 of chapter 'work' failed: ZeroDivisionError") as failed:
