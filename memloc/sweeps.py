@@ -8,8 +8,10 @@ import csv
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
+import threading
 import time
 import uuid
 from collections import Counter
@@ -180,7 +182,8 @@ def sweep(
     data = sorted({str(cell.full.get("dataset", "digits")) for cell in todo} - {"digits"})  # which comes with memloc
     with _same_store() as token, _cluster(address, workers) as ray:
         _check_nodes(ray, token, where, data)
-        needs = [_needs(ray, cell) for cell in todo]
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        needs = [_needs(cell, has_gpu) for cell in todo]
         _check_room(ray, todo, needs)
         task = ray.remote(_work)
         pending = {
@@ -188,7 +191,7 @@ def sweep(
             for cell, need in zip(todo, needs, strict=True)
         }
         while pending:
-            ready, _ = ray.wait(list(pending), timeout=1.0)
+            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=1.0)  # all that end in a second
             if not token.is_file():
                 raise SweepError(f"the store {store()} is gone: bring it back and start the sweep again")
             for reference in ready:
@@ -240,6 +243,7 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     except ImportError as error:
         raise SweepError("sweeps need Ray, the extra memloc[sweep]: pip install -e '.[sweep]' in the clone") from error
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             here: dict[str, Any] = {
@@ -253,6 +257,8 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         hint = " (a cluster that asks for a token needs RAY_AUTH_MODE=token here)" if address else ""
         raise SweepError(f"Ray could not be started or reached: {' '.join(str(error).split())}{hint}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's own, which dumps its stack
     try:
         yield ray
     finally:
@@ -315,11 +321,10 @@ def _check_nodes(ray: Any, token: Path, where: Mapping[str, str], data: Sequence
         raise SweepError(f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) {problem}")
 
 
-def _needs(ray: Any, cell: Cell) -> dict[str, float]:
+def _needs(cell: Cell, has_gpu: bool) -> dict[str, float]:
     """Say what a cell needs, in Ray's words."""
     gpus = cell.resources.gpus
     if gpus is None:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         gpus = _SHARE_OF_GPU if has_gpu and cell.device in ("auto", "cuda") else 0
     return {"num_cpus": cell.resources.cpus, "num_gpus": gpus, "memory": int(1e9 * cell.resources.memory_gb)}
 
