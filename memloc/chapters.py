@@ -219,7 +219,6 @@ def _executed_folder(root: Path) -> Path:
 def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> None:
     import nbformat
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     partial = whole.with_suffix(".partial.ipynb")
@@ -245,9 +244,9 @@ def _run(chapter: Chapter, whole: Path, about: dict[str, Any], root: Path) -> No
         partial.replace(failed)
         text = plain("\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
         raise ChapterError(chapter.name, error.exec_count, text, failed) from error
-    except DeadKernelError as error:
+    except RuntimeError as error:  # a DeadKernelError, or one that did not start
         partial.replace(failed)
-        raise ChapterError(chapter.name, None, "the kernel died: out of memory?", failed) from error
+        raise ChapterError(chapter.name, None, f"{error}: out of memory?", failed) from error
     device = (records.recorded(notebook) or {"device": "cpu"})["device"]
     notebook.metadata["memloc"] = about | {
         "seconds": round(time.perf_counter() - start, 1),

@@ -211,8 +211,16 @@ def test_a_failing_cell_is_reported_and_never_taken_for_a_result(small_book):
 
 def test_a_kernel_that_dies_is_reported(small_book):
     small_book.chapter("training", "import os\nos._exit(9)")
-    with pytest.raises(ChapterError, match="chapter 'training' failed: the kernel died"):
+    with pytest.raises(ChapterError, match="chapter 'training' failed: Kernel died: out of memory"):
         run(small_book, "training")
+
+
+def test_a_kernel_that_does_not_start_is_reported(small_book, monkeypatch):
+    small_book.chapter("training", "print('never')")
+    monkeypatch.setenv("PYTHONHOME", "nowhere")
+    with pytest.raises(ChapterError, match="failed: Kernel died before replying") as failed:
+        run(small_book, "training")
+    assert failed.value.notebook.is_file()
 
 
 @pytest.mark.slow
