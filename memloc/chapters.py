@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,8 +208,9 @@ def execute(
                 _run(chapter, whole, about | {"versions": versions()}, root)
         os.utime(whole)
     for old in whole.parent.iterdir():
-        if time.time() - old.stat().st_mtime > _KEPT_UNUSED_S:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has renamed or deleted it
+            if time.time() - old.stat().st_mtime > _KEPT_UNUSED_S:
+                old.unlink()
     return whole
 
 

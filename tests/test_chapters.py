@@ -191,6 +191,7 @@ def test_executions_that_nobody_asked_for_in_a_week_are_deleted(small_book, monk
     old, wanted = run(small_book, "training", seed=1), run(small_book, "training", seed=2)
     for path in (old, wanted):
         os.utime(path, (time.time() - 8 * 24 * 3600,) * 2)
+    (old.parent / "renamed").symlink_to("gone")  # as if by another process, between a look and the next
     assert run(small_book, "training", seed=2) == wanted
     assert wanted.exists()
     assert not old.exists()
