@@ -105,7 +105,8 @@ class Cell:
             spec: The file that the cell is from, if there is one.
         """
         if self.chapter is not None:
-            words = ["memloc", "run", self.chapter]
+            threads = self.resources.cpus
+            words = ["memloc", "run", self.chapter, *(["--threads", str(threads)] if threads > 1 else [])]
             for name, value in self.values.items():
                 words += ["-p", f"{name}={as_word(value)}"]
             return shlex.join(words)
@@ -187,6 +188,7 @@ def from_words(name: str, words: Sequence[str], root: Path, resources: Resources
         parameter, equals, values = word.partition("=")
         if not equals:
             raise ParameterError(f"-p takes NAME=VALUE,VALUE, got {word!r}")
+        _check_one_value(parameter, values)
         is_list = parameter in PARAMETERS and PARAMETERS[parameter].each is not None
         grid.setdefault(parameter, []).extend([values] if is_list else values.split(","))
     return _each_once(_expand_chapter(get(root, name), None, {}, grid, resources or Resources(), root))
@@ -274,8 +276,8 @@ def _check_one_value(name: str, value: object) -> None:
     """Refuse what no parameter takes and no message could quote: with aliases, a short list can be endless."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ParameterError(f"{name!r} must be an integer of 64 bits, got one of {value.bit_length()}")
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ParameterError(f"{name!r} must be a text of Unicode, got {value!r}")
+    if isinstance(value, str) and not value.isprintable():
+        raise ParameterError(f"{name!r} must be a text that can be printed, got {value!r}")
     if value is not None and not isinstance(value, bool | int | float | str | date):
         raise ParameterError(f"{name!r} must be one value, got a {type(value).__name__}")
 

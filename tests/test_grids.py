@@ -83,6 +83,8 @@ def test_a_cell_survives_the_way_to_another_process(book):
 def test_the_command_of_a_cell_runs_it_alone(book, capsys):
     (cell,) = grids.from_words("rewinding", ["dataset=mnist", "size=none", "widths=4,8"], book.root)
     assert cell.command() == "memloc run rewinding -p dataset=mnist -p widths=4,8"
+    (faster,) = grids.from_words("rewinding", [], book.root, Resources(cpus=2))
+    assert faster.command() == "memloc run rewinding --threads 2"
     (training,) = grids.read_spec(spec(book, {"cells": [{"training": {"epochs": 2}}]}), book.root)
     words = shlex.split(training.command("grid.yaml"))
     assert words[:3] == ["memloc", "sweep", "grid.yaml"]
@@ -131,7 +133,8 @@ def test_a_thousand_cells_expand_without_torch(book):
         ("cells: [{training: {epochs: 0x" + "f" * 9000 + "}}]", "'epochs' must be an integer of 64 bits"),
         ({"cells": [{"training": {"epochs": [[1]]}}]}, "'epochs' must be one value, got a list"),
         ({"cells": [{"chapter": "rewinding", "grid": {"seed": [[1]]}}]}, "'seed' must be one value, got a list"),
-        ('cells: [{training: {dropout_places: "\\ud800"}}]', "'dropout_places' must be a text of Unicode"),
+        ('cells: [{training: {dropout_places: "\\ud800"}}]', "'dropout_places' must be a text that can be printed"),
+        ('cells: [{training: {}, grid: {dropout_places: [a, "\\e[2J"]}}]', "'dropout_places' must be a text"),
         (
             {"cells": [{"chapter": "rewinding", "grid": {"seed": list(range(400)), "noise_rate": [0.1] * 300}}]},
             "a grid must have at most 100,000 cells, got 120,000",
@@ -155,6 +158,12 @@ def test_aliases_and_merges_are_read_but_cannot_grow_without_end(book):
     laughs += "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)) + "]}]"
     with pytest.raises(ParameterError, match="'cpus' must be one value, got a list"):
         grids.read_spec(spec(book, laughs), book.root)
+
+
+@pytest.mark.parametrize("value", ["a\x1b[2J", "a\nb", "\udcff"])
+def test_what_a_terminal_would_obey_or_cannot_show_is_refused(book, value):
+    with pytest.raises(ParameterError, match="'dataset' must be a text that can be printed"):
+        grids.from_words("rewinding", [f"dataset={value}"], book.root)
 
 
 def test_too_many_blocks_are_refused_as_soon_as_they_are_too_many(book, monkeypatch):
