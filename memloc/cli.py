@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         status: int = options.command(options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing where stdout is closed
     except BrokenPipeError:  # the reader has seen enough, as in `memloc list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -216,14 +216,14 @@ def _sweep(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     finally:
         screen.end()
-    if options.cell is not None and not options.o:
-        table = cells_.folder()  # one cell alone leaves the table of the whole sweep as it is
-    else:
-        sweeps.write_table(table, cells, outcome)
     for cell in cells:
         if cell.address in outcome.failures:
             failed = outcome.failures[cell.address]
             print(f"{failed['details'].rstrip()}\n{cell.name}: {failed['error']}\n  alone: {cell.command(spec)}")
+    if options.cell is not None and not options.o:
+        table = cells_.folder()  # one cell alone leaves the table of the whole sweep as it is
+    else:
+        sweeps.write_table(table, cells, outcome)  # after the failures, of which a full disk may be one
     print(f"{len(outcome.results)} done, {len(outcome.failures)} failed: {table}")
     if options.record:
         grid = Path(options.grid)
@@ -271,7 +271,8 @@ def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:
         print(f"… and {len(rows) - 20} more")
     seconds = "time unknown" if estimate.seconds is None else f"about {_duration(estimate.seconds)} one after the other"
     unknown = f", {estimate.unknown} of unknown length" if estimate.seconds is not None and estimate.unknown else ""
-    print(f"{len(cells)} cells: {estimate.done} done already, {estimate.todo} to do ({seconds}{unknown})", flush=True)
+    left = f" ({seconds}{unknown})" if estimate.todo else ""
+    print(f"{len(cells)} cells: {estimate.done} done already, {estimate.todo} to do{left}", flush=True)
 
 
 def _given(cell: "Cell") -> str:
@@ -300,6 +301,8 @@ class _Screen:
             return
         lines = [counts + left]
         lines += [f"  {name} on {node}, {_duration(seconds)}" for name, node, seconds in status.running[:10]]
+        width = shutil.get_terminal_size().columns - 1
+        lines = [line[:width] for line in lines]  # a longer one would be two
         up = f"\033[{self._lines}A" if self._lines else ""
         print(up + "".join(f"\r{line}\033[K\n" for line in lines) + "\033[J", end="", file=sys.stderr, flush=True)
         self._lines = len(lines)

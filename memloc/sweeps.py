@@ -136,7 +136,7 @@ def _durations() -> tuple[dict[str, list[float]], dict[str | None, list[float]]]
     alike: dict[str, list[float]] = {}
     same_chapter: dict[str | None, list[float]] = {}
     for path in cells_.folder().glob("*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             content = json.loads(path.read_bytes())
             likeness, seconds = _likeness(content["chapter"], content["parameters"]), float(content["seconds"])
             same_chapter.setdefault(content["chapter"], []).append(seconds)

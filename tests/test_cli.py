@@ -344,3 +344,8 @@ def test_an_unknown_data_set_is_refused_with_the_nearest(refused):
 def test_the_folder_of_the_data_is_printed(memloc_says, monkeypatch, tmp_path):
     monkeypatch.setenv("MEMLOC_DATA", str(tmp_path))
     assert memloc_says("data", "path")[1] == f"{sources.root()}\n"
+
+
+def test_a_command_whose_output_is_closed_says_nothing(book, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts after >&-
+    assert cli.main(["list"]) == 0

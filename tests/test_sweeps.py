@@ -104,7 +104,7 @@ def test_cells_run_side_by_side_once_and_come_as_one_table(book, cluster):
     assert {row["status"] for row in rows} == {"done"}
     status, out, _ = end(start(book, *words, "-o", "again.csv"))
     assert (status, log(book)) == (0, ["0", "1", "2", "3"])
-    assert "4 done already, 0 to do" in out
+    assert "4 done already, 0 to do\n" in out
     assert (book.root / "again.csv").read_text() == (cells.folder() / "work.csv").read_text()
 
 
@@ -331,8 +331,9 @@ def test_a_damaged_result_is_no_ground_for_an_estimate(book):
     book.chapter("work", RECORD)
     (cell,) = grids.from_words("work", [], book.root)
     damaged = {"chapter": "work", "parameters": cell.full, "metrics": {}}
-    for number, seconds in enumerate((None, "long", [1])):
+    for number, seconds in enumerate((None, "long", [1], 10**400)):
         cells._write(cells.folder() / f"{number}.json", damaged | {"seconds": seconds})
+    (cells.folder() / "deep.json").write_text("[" * 100_000)
     found = sweeps.estimate([cell])
     assert (found.todo, found.seconds, found.unknown) == (1, None, 1)
 
@@ -401,6 +402,30 @@ def test_what_would_be_ignored_or_fail_at_the_end_is_refused_at_once(book, capsy
     (book.root / "folder.csv").mkdir()
     assert cli.main(["sweep", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_failures_are_listed_although_the_table_cannot_be_written(book, monkeypatch, capsys):
+    book.chapter("work", "1 / seed")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweeps, "write_table", full)
+    monkeypatch.setattr(cells, "run", full)
+    assert cli.main(["sweep", "work", "--cell", "", "-o", "t.csv"]) == 2
+    out, err = capsys.readouterr()
+    assert "work: [Errno 28] No space left on device\n  alone: memloc run work" in out
+    assert err == "memloc: [Errno 28] No space left on device\n"
+
+
+def test_lines_of_progress_fit_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    screen = cli._Screen()
+    for _ in range(2):
+        screen.show(sweeps.Status(3, [("good_bad_ugly", "node-1.example.org", 60.0)], 0, 20, 3600.0))
+    lines = capsys.readouterr().err.split("\033[2A")[1].split("\033[K\n")
+    assert [line.lstrip("\r") for line in lines[:2]] == ["3 done, 1 running, 0 fa", "  good_bad_ugly on node"]
 
 
 def test_a_mark_that_is_damaged_or_left_by_a_killed_cell_is_not_shown_as_running(book):
