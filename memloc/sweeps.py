@@ -60,7 +60,7 @@ class Status:
         running: Those at work: the cell's name, its node, and since when in seconds.
         failed: Cells that failed.
         waiting: The others.
-        left_s: Seconds left, guessed from cells of this kind; None where none is done yet.
+        left_s: Seconds left, guessed from the cells of the same chapter that are done; None where none is done yet.
     """
 
     done: int
@@ -196,7 +196,7 @@ def sweep(
                 raise SweepError(f"the store {store()} is gone: bring it back and start the sweep again")
             for reference in ready:
                 outcome.take(pending.pop(reference), _answer(ray, reference))
-            show(_status(cells, outcome, len(pending), ray))
+            show(_status(cells, outcome))
     return outcome
 
 
@@ -344,22 +344,29 @@ def _check_room(ray: Any, cells: Sequence[Cell], needs: Sequence[Mapping[str, fl
         raise SweepError(f"no node has room for a cell of {cell.name} with {wanted}: the nodes have {most}")
 
 
-def _status(cells: Sequence[Cell], outcome: Outcome, pending: int, ray: Any) -> Status:
+def _status(cells: Sequence[Cell], outcome: Outcome) -> Status:
     """Count; what runs is read from the marks that cells leave in the store."""
     import psutil
 
-    names, running = {cell.address: cell.name for cell in cells}, []
+    seconds: dict[str, list[float]] = {}
+    left = {}
+    for cell in cells:
+        if cell.address in outcome.results:
+            seconds.setdefault(cell.name, []).append(outcome.results[cell.address]["seconds"])
+        elif cell.address not in outcome.failures:
+            left[cell.address] = cell.name
+    running = []
     for path in cells_.folder().glob("*.running"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             mark = json.loads(path.read_text())
             is_left = mark["node"] == platform.node() and not psutil.pid_exists(mark["pid"])  # by one that was killed
-            if path.stem in names and path.stem not in outcome.results and not is_left:
-                running.append((names[path.stem], mark["node"], max(0.0, time.time() - mark["since"])))
-    running = running[:pending]
-    seconds = [result["seconds"] for result in outcome.results.values()]
-    at_once = max(1, len(running))
-    left = pending * statistics.median(seconds) / at_once if seconds else None
-    return Status(len(outcome.results), running, len(outcome.failures), pending - len(running), left)
+            if path.stem in left and not is_left:
+                running.append((left[path.stem], mark["node"], max(0.0, time.time() - mark["since"])))
+    usual = {name: statistics.median(each) for name, each in seconds.items()}
+    other = statistics.median(usual.values()) if usual else 0.0
+    one_by_one = sum(usual.get(name, other) for name in left.values())
+    left_s = one_by_one / max(1, len(running)) if usual else None
+    return Status(len(outcome.results), running, len(outcome.failures), len(left) - len(running), left_s)
 
 
 def keep(root: Path, name: str, cells: Sequence[Cell], outcome: Outcome, command: str) -> Path:

@@ -437,5 +437,15 @@ def test_a_mark_that_is_damaged_or_left_by_a_killed_cell_is_not_shown_as_running
     marks = [here | {"pid": os.getpid()}, here | {"pid": ended.pid}, here | {"pid": "x", "since": None}]
     for cell, mark in zip(todo, marks, strict=True):
         cells._write(cells.folder() / f"{cell.address}.running", mark)
-    status = sweeps._status(todo, sweeps.Outcome(), 3, ray)
-    assert (len(status.running), status.waiting) == (1, 2)
+    status = sweeps._status(todo, sweeps.Outcome())
+    assert (len(status.running), status.waiting, status.left_s) == (1, 2, None)
+
+
+def test_the_time_left_goes_by_the_chapter_of_each_cell(book):
+    for name in ("quick", "slow", "new"):
+        book.chapter(name, RECORD)
+    quick, slow, new = (grids.from_words(name, ["seed=0,1,2"], book.root) for name in ("quick", "slow", "new"))
+    results = {cell.address: {"seconds": 1.0} for cell in quick} | {slow[0].address: {"seconds": 100.0}}
+    outcome = sweeps.Outcome(results, {slow[1].address: {}})
+    assert sweeps._status([*quick, *slow], outcome).left_s == 100
+    assert sweeps._status([*quick, *slow, *new], outcome).left_s == 100 + 3 * 50.5, "between the others"
