@@ -238,7 +238,9 @@ class _Limit:
         """Look at it until told that it is over; end the processes if they take too much."""
         import psutil
 
-        while not self.over.wait(_LOOK_S):
+        took_s = 0.0
+        while not self.over.wait(max(_LOOK_S, 20 * took_s)):  # a twentieth of a CPU, however many processes there are
+            start = time.perf_counter()
             children = [child for child in self.process.children(recursive=True) if child not in self.others]
             used = 0
             for child in children:
@@ -251,6 +253,7 @@ class _Limit:
                 for child in children:
                     with suppress(psutil.Error):
                         child.kill()
+            took_s = time.perf_counter() - start
 
 
 @contextmanager

@@ -44,7 +44,7 @@ _RETRIES = 3  # of a cell whose worker or node was lost
 _CONNECT_S = 10  # until a cluster has to have answered
 _PROBE_S = 120  # until a node has to have said what it sees
 _SHARE_OF_GPU = 0.25
-_LOST = ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "ObjectLostError", "OwnerDiedError")
+_LOST = ("WorkerCrashedError", "NodeDiedError", "ObjectLostError", "OwnerDiedError")
 
 
 class SweepError(RuntimeError):

@@ -121,6 +121,14 @@ def test_a_cell_that_takes_more_than_its_memory_is_ended(small_book):
     other.wait()
 
 
+def test_a_machine_full_of_processes_is_looked_at_less_often(monkeypatch):
+    looks = []
+    with cells._limited(1.0) as limit:
+        monkeypatch.setattr(limit.process, "children", lambda recursive: looks.append(time.sleep(0.02)) or [])
+        time.sleep(1)
+    assert 1 <= len(looks) <= 4, "ten a second where a look takes no time"
+
+
 def test_of_two_that_ask_for_the_same_cell_one_runs_it(small_book):
     cell = chapter_cell(small_book, "import time; open('log', 'a').write('ran\\n'); time.sleep(1)", RECORD)
     command = [*COMMAND, "sweep", "work", "--cell", cell.address]
