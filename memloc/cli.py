@@ -1,4 +1,4 @@
-"""The ``memloc`` command: the one module that speaks to a person.
+"""The ``memloc`` command, which alone speaks to a person.
 
 Whatever a person gets wrong is answered in one line on stderr, with exit status 2. Nothing heavy is imported before
 it is needed, so that ``--help``, ``list`` and every refusal come at once.
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from memloc import chapters, records
+from memloc import chapters, records, screen
 from memloc.parameters import as_word, did_you_mean
 
 if TYPE_CHECKING:
     from memloc.grids import Cell
-    from memloc.sweeps import Estimate, Outcome, Status
+    from memloc.sweeps import Estimate, Outcome
 
 
 class UsageError(ValueError):
@@ -36,7 +36,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The words after ``memloc``; by default those of the command line.
 
     Returns:
-        The exit status: 0, 1 when a chapter failed, 2 when what was asked for is not possible, 130 after Ctrl-C.
+        The exit status: 0, 1 when a chapter failed, 2 when what was asked for is not possible, 130 after Ctrl-C, 141
+        where nobody reads on.
     """
     options = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, _stop)
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # nothing where stdout is closed
     except BrokenPipeError:  # the reader has seen enough, as in `memloc list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("memloc: interrupted", file=sys.stderr)
         return 130
@@ -144,16 +145,10 @@ def _list(options: argparse.Namespace) -> int:
             about = chapters.PARAMETERS[name]
             meaning = f"{about.meaning} ({', '.join(about.choices)})" if about.choices else about.meaning
             rows.append((f"  {name}", about.type.__name__, as_word(default), meaning))
-        _print_table(rows)
+        screen.print_table(rows)
         presets = sorted(path.stem for path in (root / "book" / "presets" / chapter.name).glob("*.yaml"))
         print(f"  presets for -f: {', '.join(presets) or 'none'}\n")
     return 0
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -171,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.o and (options.o.suffix != ".ipynb" or options.o.is_dir() or not options.o.absolute().parent.is_dir()):
         raise UsageError(f"-o takes the path of an .ipynb file in a folder that is there, got {str(options.o)!r}")
 
-    line = _Line()
+    line = screen.Line()
     try:
         executed = chapters.execute(chapter, values, root=root, threads=options.threads, progress=line.show)
     finally:
@@ -206,16 +201,18 @@ def _sweep(options: argparse.Namespace) -> int:
     _print_plan(cells, sweeps.estimate(cells))
     if options.dry_run:
         return 0
-    outcome, screen = sweeps.Outcome(), _Screen()
+    outcome, progress = sweeps.Outcome(), screen.Progress()
     try:
         if options.cell is not None:
             outcome = _run_cell(cells[0], root)
         else:
-            outcome = sweeps.sweep(cells, root=root, address=options.address, workers=options.workers, show=screen.show)
+            outcome = sweeps.sweep(
+                cells, root=root, address=options.address, workers=options.workers, show=progress.show
+            )
     except sweeps.SweepError as error:
         raise UsageError(str(error)) from error
     finally:
-        screen.end()
+        progress.end()
     for cell in cells:
         if cell.address in outcome.failures:
             failed = outcome.failures[cell.address]
@@ -266,10 +263,12 @@ def _run_cell(cell: "Cell", root: Path) -> "Outcome":
 def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:
     """Show what will run: all parameters that differ, up to twenty cells."""
     rows = [(cell.address, cell.name, _given(cell)) for cell in cells]
-    _print_table(rows[:20])
+    screen.print_table(rows[:20])
     if len(rows) > 20:
         print(f"… and {len(rows) - 20} more")
-    seconds = "time unknown" if estimate.seconds is None else f"about {_duration(estimate.seconds)} one after the other"
+    seconds = (
+        "time unknown" if estimate.seconds is None else f"about {screen.duration(estimate.seconds)} one after the other"
+    )
     unknown = f", {estimate.unknown} of unknown length" if estimate.seconds is not None and estimate.unknown else ""
     left = f" ({seconds}{unknown})" if estimate.todo else ""
     print(f"{len(cells)} cells: {estimate.done} done already, {estimate.todo} to do{left}", flush=True)
@@ -277,38 +276,6 @@ def _print_plan(cells: Sequence["Cell"], estimate: "Estimate") -> None:
 
 def _given(cell: "Cell") -> str:
     return " ".join(f"{name}={as_word(value)}" for name, value in cell.values.items())
-
-
-def _duration(seconds: float) -> str:
-    """Write a time as a person would say it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-class _Screen:
-    """A few lines on stderr that are written anew; where stderr is no terminal, at most one line in ten seconds."""
-
-    def __init__(self) -> None:
-        self._line, self._lines, self._is_terminal = _Line(), 0, sys.stderr.isatty()
-
-    def show(self, status: "Status") -> None:
-        left = "" if status.left_s is None else f", about {_duration(status.left_s)} left"
-        counts = f"{status.done} done, {len(status.running)} running, {status.failed} failed, {status.waiting} waiting"
-        if not self._is_terminal:
-            self._line.show(counts + left)
-            return
-        lines = [counts + left]
-        lines += [f"  {name} on {node}, {_duration(seconds)}" for name, node, seconds in status.running[:10]]
-        width = shutil.get_terminal_size().columns - 1
-        lines = [line[:width] for line in lines]  # a longer one would be two
-        up = f"\033[{self._lines}A" if self._lines else ""
-        print(up + "".join(f"\r{line}\033[K\n" for line in lines) + "\033[J", end="", file=sys.stderr, flush=True)
-        self._lines = len(lines)
-
-    def end(self) -> None:
-        self._line.end()
 
 
 def _check_recordable(options: argparse.Namespace, root: Path) -> None:
@@ -323,7 +290,7 @@ def _check_recordable(options: argparse.Namespace, root: Path) -> None:
 
 
 def _check_grid_recordable(options: argparse.Namespace, root: Path) -> None:
-    if Path(options.grid).absolute().parent != root.absolute() / "book" / "presets" / "sweeps":
+    if Path(options.grid).resolve().parent != (root / "book" / "presets" / "sweeps").resolve():
         raise UsageError("--record needs a file in book/presets/sweeps")
     if options.cell is not None:
         raise UsageError("--record keeps the whole sweep: leave out --cell")
@@ -336,26 +303,7 @@ def _check_grid_recordable(options: argparse.Namespace, root: Path) -> None:
 def _print_metrics(executed: Path) -> None:
     content = records.recorded(json.loads(executed.read_text()))
     if content and content["metrics"]:
-        _print_table([(key, records.text(value)) for key, value in content["metrics"].items()])
-
-
-class _Line:
-    """One line on stderr that is written anew; where stderr is no terminal, at most one line in ten seconds."""
-
-    def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._last = -10.0
-
-    def show(self, text: str) -> None:
-        if self._is_terminal:
-            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._last >= 10:
-            self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        screen.print_table([(key, records.text(value)) for key, value in content["metrics"].items()])
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -374,10 +322,10 @@ def _data_list(options: argparse.Namespace) -> int:
     from memloc import datasets
 
     rows = [
-        (name, _size(source.size_bytes), source.name, source.licence, source.url)
+        (name, screen.size(source.size_bytes), source.name, source.licence, source.url)
         for name, source in datasets.SOURCES.items()
     ]
-    _print_table([("name", "download", "what it is", "licence", "source"), *rows])
+    screen.print_table([("name", "download", "what it is", "licence", "source"), *rows])
     return 0
 
 
@@ -391,7 +339,7 @@ def _data_get(options: argparse.Namespace) -> int:
             f"unknown data set {name!r}{did_you_mean(name, datasets.SOURCES)} (memloc data list shows all)"
         )
     source = datasets.SOURCES[name]
-    print(f"{source.name}: {_size(source.size_bytes)} from {source.url}, licence: {source.licence}", flush=True)
+    print(f"{source.name}: {screen.size(source.size_bytes)} from {source.url}, licence: {source.licence}", flush=True)
     try:
         print(datasets.get(name))
     except ValueError as error:
@@ -406,14 +354,6 @@ def _data_path(options: argparse.Namespace) -> int:
     return 0
 
 
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} GB"
-
-
 def _runs_list(options: argparse.Namespace) -> int:
     from memloc import runs
 
@@ -422,8 +362,8 @@ def _runs_list(options: argparse.Namespace) -> int:
         age_h = (time.time() - info.modified) / 3600
         epochs = f"{info.epochs_done}/{info.epochs} epochs" + ("" if info.is_whole else ", unfinished")
         about = " ".join(as_word(info.recipe.get(key)) for key in ("dataset", "model", "seed"))
-        print(f"{info.address}  {epochs}  {_size(info.size_bytes)}  {age_h:.1f} h ago  {about}")
-    print(f"{len(infos)} runs, {_size(sum(info.size_bytes for info in infos))} in {runs.root()}")
+        print(f"{info.address}  {epochs}  {screen.size(info.size_bytes)}  {age_h:.1f} h ago  {about}")
+    print(f"{len(infos)} runs, {screen.size(sum(info.size_bytes for info in infos))} in {runs.root()}")
     return 0
 
 
@@ -432,7 +372,7 @@ def _runs_show(options: argparse.Namespace) -> int:
 
     address = _find_run(options.address)
     recipe = next(info.recipe for info in runs.listing() if info.address == address)
-    _print_table([(name, as_word(value)) for name, value in recipe.items()])
+    screen.print_table([(name, as_word(value)) for name, value in recipe.items()])
     return 0
 
 
@@ -443,7 +383,7 @@ def _runs_delete(options: argparse.Namespace) -> int:
         raise UsageError("runs delete takes addresses, or --all (memloc runs list shows them)")
     doomed = runs.addresses() if options.all else [_find_run(beginning) for beginning in options.addresses]
     freed_bytes = [runs.delete(address) for address in doomed]
-    print(f"deleted {len(doomed)} runs, {_size(sum(freed_bytes))}")
+    print(f"deleted {len(doomed)} runs, {screen.size(sum(freed_bytes))}")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memloc import cells, cli, grids, runs, sweeps
+from memloc import cells, cli, grids, runs, screen, sweeps
 from memloc.grids import Resources
 
 ray = pytest.importorskip("ray", reason="Ray, the extra memloc[sweep], is not installed")
@@ -421,9 +421,9 @@ def test_failures_are_listed_although_the_table_cannot_be_written(book, monkeypa
 def test_lines_of_progress_fit_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "24")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    screen = cli._Screen()
+    progress = screen.Progress()
     for _ in range(2):
-        screen.show(sweeps.Status(3, [("good_bad_ugly", "node-1.example.org", 60.0)], 0, 20, 3600.0))
+        progress.show(sweeps.Status(3, [("good_bad_ugly", "node-1.example.org", 60.0)], 0, 20, 3600.0))
     lines = capsys.readouterr().err.split("\033[2A")[1].split("\033[K\n")
     assert [line.lstrip("\r") for line in lines[:2]] == ["3 done, 1 running, 0 fa", "  good_bad_ugly on node"]
 
