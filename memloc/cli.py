@@ -94,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("-o", type=Path, metavar="OUT.csv", help="the table of results (in the store of the trainings)")
     one.add_argument("--dry-run", action="store_true", help="show what would run, and how long it may take")
-    one.add_argument("--record", action="store_true", help="keep the numbers in book/results/sweeps/SPEC.json")
+    one.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the numbers in book/results/sweeps/SPEC.json; with --dry-run, those that are there",
+    )
     one.add_argument("--workers", type=_threads, metavar="N", help="CPUs of this machine to use (all)")
     one.add_argument("--address", metavar="HOST:PORT", help="join a Ray cluster instead of starting Ray here")
     one.add_argument("--cpus", type=_threads, metavar="N", help="threads of each cell (1)")
@@ -200,6 +204,8 @@ def _sweep(options: argparse.Namespace) -> int:
         _check_grid_recordable(options, root)
     _print_plan(cells, sweeps.estimate(cells))
     if options.dry_run:
+        if options.record:
+            _keep_sweep(options, root, cells, sweeps.done(cells))
         return 0
     outcome, progress = sweeps.Outcome(), screen.Progress()
     try:
@@ -223,9 +229,7 @@ def _sweep(options: argparse.Namespace) -> int:
         sweeps.write_table(table, cells, outcome)  # after the failures, of which a full disk may be one
     print(f"{len(outcome.results)} done, {len(outcome.failures)} failed: {table}")
     if options.record:
-        grid = Path(options.grid)
-        command = shlex.join(["memloc", "sweep", f"book/presets/sweeps/{grid.name}", "--record"])
-        print(sweeps.keep(root, grid.stem, cells, outcome, command))
+        _keep_sweep(options, root, cells, outcome)
     return 1 if outcome.failures else 0
 
 
@@ -298,6 +302,14 @@ def _check_grid_recordable(options: argparse.Namespace, root: Path) -> None:
         records.commit(root)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _keep_sweep(options: argparse.Namespace, root: Path, cells: Sequence["Cell"], outcome: "Outcome") -> None:
+    from memloc import sweeps
+
+    grid = Path(options.grid)
+    words = ["memloc", "sweep", f"book/presets/sweeps/{grid.name}", "--record"] + ["--dry-run"] * options.dry_run
+    print(sweeps.keep(root, grid.stem, cells, outcome, shlex.join(words)))
 
 
 def _print_metrics(executed: Path) -> None:

@@ -29,7 +29,18 @@ from memloc.grids import Cell
 from memloc.progress import store
 from memloc.recipes import Recipe
 
-__all__ = ["RAY_SETTINGS", "Estimate", "Outcome", "Status", "SweepError", "estimate", "keep", "sweep", "write_table"]
+__all__ = [
+    "RAY_SETTINGS",
+    "Estimate",
+    "Outcome",
+    "Status",
+    "SweepError",
+    "done",
+    "estimate",
+    "keep",
+    "sweep",
+    "write_table",
+]
 
 RAY_SETTINGS: Mapping[str, str] = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -144,6 +155,12 @@ def _durations() -> tuple[dict[str, list[float]], dict[str | None, list[float]]]
     return alike, same_chapter
 
 
+def done(cells: Sequence[Cell]) -> Outcome:
+    """Read what there is of a sweep, without running anything."""
+    found = {cell.address: cells_.find(cell) for cell in cells}
+    return Outcome({address: result for address, result in found.items() if result is not None})
+
+
 def sweep(
     cells: Sequence[Cell],
     *,
@@ -168,11 +185,7 @@ def sweep(
         SweepError: If Ray is not there, a node does not see the same store or package, a cell needs more than any node
             has, or the store is lost.
     """
-    outcome = Outcome()
-    for cell in cells:
-        found = cells_.find(cell)
-        if found is not None:
-            outcome.results[cell.address] = found
+    outcome = done(cells)
     todo = [cell for cell in cells if cell.address not in outcome.results]
     if not todo:
         return outcome
