@@ -1,7 +1,8 @@
 """What every test shares: the device, a run store of its own, and data outside the repository."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ class SmallBook:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         return path
+
+
+@pytest.fixture
+def history(own_run_store: Path) -> Callable[[str], list[dict]]:
+    """Reads what a training, whole or still at work, has written of its epochs."""
+
+    def read(address: str) -> list[dict]:
+        for name in (f"{address}.partial", address):
+            path = own_run_store / name / "history.json"
+            if path.is_file():
+                return json.loads(path.read_text())["rows"]
+        return []
+
+    return read
 
 
 @pytest.fixture

@@ -144,14 +144,6 @@ class Job:
         return {row["seed"]: row["status"] for row in rows}
 
 
-def history(address: str) -> list[dict]:
-    for name in (f"{address}.partial", address):
-        path = runs.root() / name / "history.json"
-        if path.is_file():
-            return json.loads(path.read_text())["rows"]
-    return []
-
-
 def test_the_batch_script_runs_a_sweep_on_all_nodes_of_its_job(slurm, small_book):
     job = Job(slurm, small_book.root, "--nodes=2")
     job.wait()
@@ -161,7 +153,7 @@ def test_the_batch_script_runs_a_sweep_on_all_nodes_of_its_job(slurm, small_book
     assert not list(runs.root().glob(".ray-token*")), "the token is gone with the job"
 
 
-def test_a_job_that_comes_to_its_time_limit_queues_itself_again_and_goes_on_where_it_was(slurm, small_book):
+def test_a_job_that_comes_to_its_time_limit_queues_itself_again_and_goes_on_where_it_was(slurm, small_book, history):
     job = Job(slurm, small_book.root, "--nodes=1")
     first, second = job.addresses
     wait_until(lambda: len(history(first)) > 20, 200, job.log)

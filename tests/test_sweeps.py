@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memloc import cells, cli, grids, runs, screen, sweeps
+from memloc import cells, cli, grids, runs, sweeps
 from memloc.grids import Resources
 
 ray = pytest.importorskip("ray", reason="Ray, the extra memloc[sweep], is not installed")
@@ -126,14 +126,6 @@ def test_a_failing_cell_and_one_without_memory_leave_the_others_alone(book, clus
     assert log(book) == ["0", "1", "1", "2", "2", "3"], "what failed is tried again, what is done is not"
 
 
-def history(address: str) -> list[dict]:
-    for name in (f"{address}.partial", address):
-        path = runs.root() / name / "history.json"
-        if path.is_file():
-            return json.loads(path.read_text())["rows"]
-    return []
-
-
 def worker_of(address: str) -> psutil.Process:
     """The worker of Ray that runs a cell."""
     return psutil.Process(json.loads((cells.folder() / f"{address}.running").read_text())["pid"])
@@ -143,7 +135,7 @@ def addresses(book) -> list[str]:
     return [cell.address for cell in grids.read_spec(book.root / "grid.yaml", book.root)]
 
 
-def test_a_killed_worker_s_training_goes_on_from_its_last_checkpoint(book, cluster):
+def test_a_killed_worker_s_training_goes_on_from_its_last_checkpoint(book, cluster, history):
     training_spec(book, memory_gb=1)
     first, second = addresses(book)
     driver = start(book, "grid.yaml", "--address", cluster.address)
@@ -156,7 +148,7 @@ def test_a_killed_worker_s_training_goes_on_from_its_last_checkpoint(book, clust
     assert history(first)[:15] == before, "seconds and all: these epochs were not trained again"
 
 
-def test_a_killed_driver_starts_again_where_it_was(book, cluster):
+def test_a_killed_driver_starts_again_where_it_was(book, cluster, history):
     training_spec(book, memory_gb=1)
     first, second = addresses(book)
     driver = start(book, "grid.yaml", "--address", cluster.address)
@@ -416,16 +408,6 @@ def test_failures_are_listed_although_the_table_cannot_be_written(book, monkeypa
     out, err = capsys.readouterr()
     assert "work: [Errno 28] No space left on device\n  alone: memloc run work" in out
     assert err == "memloc: [Errno 28] No space left on device\n"
-
-
-def test_lines_of_progress_fit_a_narrow_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "24")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    progress = screen.Progress()
-    for _ in range(2):
-        progress.show(sweeps.Status(3, [("good_bad_ugly", "node-1.example.org", 60.0)], 0, 20, 3600.0))
-    lines = capsys.readouterr().err.split("\033[2A")[1].split("\033[K\n")
-    assert [line.lstrip("\r") for line in lines[:2]] == ["3 done, 1 running, 0 fa", "  good_bad_ugly on node"]
 
 
 def test_a_mark_that_is_damaged_or_left_by_a_killed_cell_is_not_shown_as_running(book):
